@@ -1,0 +1,237 @@
+"""``tissuehint predict``: images in; masks, areas, overlays and soft maps out."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tissuehint.cli.models import Device
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from tissuehint.labels import LabelSpace
+    from tissuehint.model import TissueModel
+
+AREAS = "areas.csv"
+AREA_COLUMNS = ("image", "class", "pixels", "percent_of_tissue", "mm2")
+OVERLAY_OPACITY = 0.4
+OVERLAY_SIDE = 4096  # larger overlays are shrunk: they are looked at, not measured
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for each image."""
+
+    out: Path
+    soft: bool
+    overlay: bool
+    batch_size: int
+    um_per_px: float | None
+
+    def targets(self, image: Path) -> list[Path]:
+        """Files that are written for an image; the mask first."""
+        names = [f"{image.stem}.png"]
+        names += [f"{image.stem}_overlay.jpg"] if self.overlay else []
+        names += [f"{image.stem}_soft.npz"] if self.soft else []
+        return [self.out / name for name in names]
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(help="A run directory or a model folder.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files, folders, or patterns like '*.png'.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")],
+    soft: Annotated[bool, typer.Option("--soft", help="Write the class probabilities too, NAME_soft.npz.")] = False,
+    overlay: Annotated[bool, typer.Option("--overlay/--no-overlay", help="Write NAME_overlay.jpg.")] = True,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows that go through the network at a time.")] = 8,
+    device: Annotated[
+        Device, typer.Option(help="Where to compute; auto takes a GPU where there is one.")
+    ] = Device.AUTO,
+    um_per_px: Annotated[
+        float | None,
+        typer.Option(
+            help="Pixel size of the images in micrometres: gives areas in mm2. Where the model knows its own pixel "
+            "size and it differs, images are resampled to it, and maps back to image size."
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Make tissue maps of images.
+
+    For each image: NAME.png (palette mask, values are class indices), NAME_overlay.jpg, and with --soft NAME_soft.npz
+    (probabilities: float16 (class, row, column); classes: names). For all: areas.csv. Files of an earlier run are
+    replaced. An image that cannot be read is reported, the others go on, and the exit code is 2.
+    """
+    from tissuehint.cli.models import load_model
+    from tissuehint.cli.output import note, say
+    from tissuehint.errors import InputError
+
+    if um_per_px is not None and not 0.01 <= um_per_px <= 1000:
+        raise InputError(f"--um-per-px {um_per_px}", "is not in 0.01..1000", "give micrometres, 0.5 for a 20x scan")
+    job = Job(out, soft, overlay, batch_size, um_per_px)
+    paths = find_images(images)
+    check_targets(paths, job)
+    loaded = load_model(model, device)
+    rows, failed = _predict_all(loaded, paths, job, quiet=quiet)
+    if rows:
+        _write_areas(out / AREAS, rows)
+        say(f"{len(paths) - len(failed)} of {len(paths)} images: {out}, areas in {out / AREAS}")
+    if failed:
+        note(f"error: {len(failed)} of {len(paths)} images have no result: {', '.join(map(str, failed))}")
+        raise typer.Exit(2)
+
+
+def find_images(words: Sequence[str]) -> list[Path]:
+    """Image files of the words of the command line, in order, each once.
+
+    A folder gives its images (not those of its subfolders), a pattern the files that match (``**`` goes down). A file
+    that does not exist stays in the list: it is reported when its turn comes.
+
+    Raises:
+        InputError: no image at all, a folder or pattern without any.
+    """
+    from tissuehint.data.records import list_images
+    from tissuehint.errors import InputError
+
+    found: list[Path] = []
+    for word in words:
+        path = Path(word)
+        if path.is_dir():
+            inside = list_images(path)
+        elif not path.exists() and glob.has_magic(word):
+            names = glob.glob(word, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+            inside = sorted(path for path in map(Path, names) if path.is_file())
+        else:
+            inside = [path]
+        if not inside:
+            raise InputError(word, "holds no image" if path.is_dir() else "matches no file", "check the path")
+        found += inside
+    return list(dict.fromkeys(found))
+
+
+def check_targets(paths: Sequence[Path], job: Job) -> None:
+    """Refuse before any work what would overwrite something silently.
+
+    Raises:
+        InputError: two images with the same results, or results in the place of an input.
+    """
+    from tissuehint.errors import InputError
+
+    writers: dict[str, Path] = {}
+    for path in paths:
+        # names are compared without case: two that differ in case only are one file on macOS and Windows
+        other = writers.setdefault(path.stem.lower(), path)
+        if other is not path:
+            rule = f"would write the same {job.targets(path)[0].name} as {other}"
+            raise InputError(path, rule, "predict them into different folders, or rename one")
+    inputs = {path.resolve() for path in paths}
+    for path in paths:
+        for target in job.targets(path):
+            if target.resolve() in inputs:
+                raise InputError(path, f"its result {target} would replace an input", "give another --out")
+
+
+def _predict_all(
+    model: TissueModel, paths: Sequence[Path], job: Job, *, quiet: bool
+) -> tuple[list[list[str]], list[Path]]:
+    """Rows of the area table, and the images that have no result."""
+    from tissuehint.cli.failures import describe
+    from tissuehint.cli.output import note
+
+    rows: list[list[str]] = []
+    failed: list[Path] = []
+    for path in _track(paths, quiet=quiet):
+        try:
+            image, tissue_map = _map_of(model, path, job)
+        except Exception as error:  # one bad image never stops the batch
+            failure = describe(error)
+            line = f"{type(error).__name__}: {error}" if failure is None else failure.line
+            line = " ".join(line.split())
+            note(f"error: {line}" if str(path) in line else f"error: {path}: {line}")
+            failed.append(path)
+            continue
+        mask = model.classes(tissue_map)
+        _write(path, image, mask, tissue_map, model.labels, job)
+        rows += area_rows(str(path), mask, model.labels, model.um_per_px if job.um_per_px is None else job.um_per_px)
+    return rows, failed
+
+
+def _map_of(model: TissueModel, path: Path, job: Job) -> tuple[NDArray[Any], Tensor]:
+    from tissuehint.cli.models import map_of
+    from tissuehint.data.records import read_image
+
+    image = read_image(path)
+    return image, map_of(model, image, job.um_per_px, job.batch_size)
+
+
+def area_rows(image: str, mask: NDArray[Any], labels: LabelSpace, um_per_px: float | None) -> list[list[str]]:
+    """Rows of ``areas.csv`` for an image: class, pixels, per cent of the tissue (white is no tissue), square mm."""
+    import numpy as np
+
+    counts = np.bincount(mask.reshape(-1), minlength=labels.num_classes)[: labels.num_classes]
+    tissue = int(counts[: labels.num_tissue].sum())
+    rows = []
+    for index, (name, count) in enumerate(zip(labels.names, counts.tolist(), strict=True)):
+        share = f"{100 * count / tissue:.4f}" if tissue and index < labels.num_tissue else ""
+        area = "" if um_per_px is None else f"{count * um_per_px**2 / 1e6:.6g}"
+        rows.append([image, name, str(count), share, area])
+    return rows
+
+
+def overlaid(image: NDArray[Any], mask: NDArray[Any], labels: LabelSpace) -> NDArray[Any]:
+    """(H,W,3) uint8: the image with the classes' colours laid over its tissue; white stays as it is."""
+    import numpy as np
+
+    colours = labels.colour_table()[mask].astype(np.float32)
+    mixed = (1 - OVERLAY_OPACITY) * image + OVERLAY_OPACITY * colours
+    tissue = (mask < labels.num_tissue)[..., None]
+    return np.where(tissue, (mixed + 0.5).astype(np.uint8), image)
+
+
+def _write(
+    path: Path, image: NDArray[Any], mask: NDArray[Any], tissue_map: Tensor, labels: LabelSpace, job: Job
+) -> None:
+    """All files of an image, each whole or absent; the mask last, so that where it is, the others are."""
+    import numpy as np
+    from PIL import Image
+
+    from tissuehint.files import atomic_path, write_palette_png
+
+    target, *others = job.targets(path)
+    for other in others:
+        with atomic_path(other) as part:
+            if other.suffix == ".npz":
+                probabilities = tissue_map.numpy().astype(np.float16)
+                np.savez_compressed(part, probabilities=probabilities, classes=np.array(labels.names))
+            else:
+                picture = Image.fromarray(overlaid(image, mask, labels))
+                picture.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
+                picture.save(part, format="JPEG", quality=90)
+    write_palette_png(target, mask, labels.palette())
+
+
+def _write_areas(path: Path, rows: Iterable[Sequence[str]]) -> None:
+    from tissuehint.files import write_text
+
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([AREA_COLUMNS, *rows])
+    write_text(path, text.getvalue())
+
+
+def _track(paths: Sequence[Path], *, quiet: bool) -> Iterator[Path]:
+    if quiet:
+        yield from paths
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    # on stderr, so that messages about bad images and the bar share one place
+    yield from track(paths, description="predict", console=Console(stderr=True), transient=True)

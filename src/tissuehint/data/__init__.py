@@ -1,0 +1,1 @@
+"""What goes in: images, hints, patches."""

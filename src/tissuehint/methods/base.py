@@ -1,0 +1,257 @@
+"""The contract of a method, and what all methods that learn from tags share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor
+
+from tissuehint.data.module import Supervision, TissueData
+from tissuehint.data.samples import Batch
+from tissuehint.labels import LabelSpace
+from tissuehint.ops.white import white_masks
+
+# probability that the tissue classes share at a white pixel; with 0 the first class would win every such pixel wherever
+# white cannot be predicted
+TISSUE_UNDER_WHITE = 1e-3
+
+
+class MethodConfig(BaseModel):
+    """What every method config has: its name. Subclasses add keys; all are frozen, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+
+
+class Training(Protocol):
+    """What a run offers to ``WeakMethod.fit``: the budget, a folder, and one Lightning fit at a time."""
+
+    folder: Path
+    steps: int
+    batch_size: int
+    round_steps: int
+
+    def fit(self, module: L.LightningModule, data: TissueData) -> None:
+        """Train ``module`` on ``data`` for ``steps`` optimiser steps: log, checkpoints and resume included."""
+
+
+class WeakMethod(L.LightningModule, ABC):
+    """A system that turns one kind of cheap hint into tissue maps.
+
+    A tissue map is (B,K,H,W) float class probabilities at image size, K = ``labels.num_classes`` (white included where
+    the label space has it). Images are (B,3,H,W) float in [0,1], any size from 32 px.
+
+    Args:
+        config: frozen, of type ``Config``.
+        labels: the classes.
+    """
+
+    supervision: ClassVar[Supervision]
+    Config: ClassVar[type[MethodConfig]]
+
+    def __init__(self, config: MethodConfig, labels: LabelSpace) -> None:
+        super().__init__()
+        self.config = config
+        self.labels = labels
+
+    def prepare(self, data: TissueData, cache: Path) -> None:
+        """Make what must exist before training; ``cache`` is a folder of the run directory. Nothing by default."""
+
+    def fit(self, run: Training, data: TissueData) -> None:
+        """Train. One Lightning fit by default; overridden where training has phases."""
+        training, validation = data.hints("train", self.supervision), None
+        if data.records("val"):
+            validation = data.hints("val", self.supervision)
+        data.train_on(training, batch_size=run.batch_size, round_steps=run.round_steps, validation=validation)
+        run.fit(self, data)
+
+    @abstractmethod
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Loss terms by name, scalars already weighted; their sum is trained. Never reads ``batch.masks``."""
+
+    @abstractmethod
+    def predict(self, images: Tensor) -> Tensor:
+        """Tissue map (B,K,H,W) of images (B,3,H,W), without labels: what is scored by default and deployed."""
+
+    @abstractmethod
+    def label_guided(self, batch: Batch) -> Tensor:
+        """Tissue map (B,K,H,W) that may use the hints of the batch; all zero for an image whose hint is empty.
+
+        Makes the pseudo masks of training images. On val or test it looks at their labels: ``oracle`` in every table.
+        """
+
+    @abstractmethod
+    def explain(self, batch: Batch) -> dict[str, Tensor]:
+        """Named maps (B,n,h,w) for reports."""
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Sum of ``losses``; each term is logged."""
+        terms = self.losses(batch)
+        total = torch.stack(list(terms.values())).sum()
+        self.log("train_loss", total, prog_bar=True, on_step=True, on_epoch=False, batch_size=len(batch))
+        if len(terms) > 1:
+            named = {f"train_{name}": value for name, value in terms.items()}
+            self.log_dict(named, on_step=True, on_epoch=False, batch_size=len(batch))
+        return total
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Logs the sum of ``losses`` on validation hints."""
+        total = torch.stack(list(self.losses(batch).values())).sum()
+        self.log("val_loss", total, prog_bar=True, on_epoch=True, batch_size=len(batch), sync_dist=True)
+
+    def total_steps(self) -> int:
+        """Optimiser steps of the fit, for learning-rate schedules."""
+        return int(self.trainer.estimated_stepping_batches)
+
+    @abstractmethod
+    def configure_optimizers(self) -> Any:
+        """As in Lightning."""
+
+
+class TestTimeAugmentation(BaseModel):
+    """Views of an image whose maps are averaged: the product of the three lists.
+
+    The default is the plain image alone. Maps have the resolution of the first scale.
+
+    Args:
+        flip: add the image mirrored left-right, upside down, and both.
+        scales: linear factors of image size.
+        intensities: factors of brightness.
+    """
+
+    __test__: ClassVar[bool] = False  # the name starts with Test, but pytest need not collect it
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    flip: bool = False
+    scales: tuple[float, ...] = (1.0,)
+    intensities: tuple[float, ...] = (1.0,)
+
+    @field_validator("scales", "intensities")
+    @classmethod
+    def _positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or min(value) <= 0:
+            raise ValueError(f"{list(value)} needs at least one factor, each above 0")
+        return value
+
+
+class ClassMaps(NamedTuple):
+    """What a tag method sees in images.
+
+    Args:
+        maps: (B,C,h,w) class scores, the part above 0 speaks for the class; h x w cells that together cover the image,
+            no more and no less (``methods.cam.model`` says how, where cells reach over the border).
+        logits: (B,C); sigmoid gives the predicted presence.
+    """
+
+    maps: Tensor
+    logits: Tensor
+
+
+class TagConfig(MethodConfig):
+    """What every tag method has.
+
+    Args:
+        test_time: augmentation at inference.
+        presence_threshold: a class is present in an image if its probability reaches this (WSSS-Tissue: .1, TPRO: .4 on
+            BCSS and .15 on LUAD, wsss_gland: .25); the likeliest class always is.
+        white_threshold: grey value in 0..255 above which a pixel is white, where the label space has white.
+        white_min_area: smaller white spots, in pixels, count as tissue.
+    """
+
+    test_time: TestTimeAugmentation = TestTimeAugmentation()
+    presence_threshold: float = Field(default=0.5, ge=0, le=1)
+    white_threshold: int = Field(default=200, ge=0, le=255)
+    white_min_area: int = Field(default=50, ge=0)
+
+
+class TagMethod(WeakMethod):
+    """Shared by the methods that learn from tags: test-time augmentation, presence gate, maps to probabilities.
+
+    A subclass gives ``class_maps``; the base makes from it ``predict`` (gate from the predicted presence) and
+    ``label_guided`` (gate from the tags).
+    """
+
+    supervision: ClassVar[Supervision] = "tags"
+    config: TagConfig
+
+    @abstractmethod
+    def class_maps(self, images: Tensor) -> ClassMaps:
+        """Class maps and image logits of images (B,3,H,W), one view."""
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Multi-label binary cross-entropy on the image logits."""
+        logits = self.class_maps(batch.images).logits
+        return {"classification": F.binary_cross_entropy_with_logits(logits, batch.need_tags())}
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Tissue map with the classes that the network itself finds present."""
+        seen = self.augmented(images)
+        presence = seen.logits.sigmoid()
+        gate = (presence >= self.config.presence_threshold) | (presence == presence.amax(1, keepdim=True))
+        return self.tissue_map(seen.maps, gate, images)
+
+    def label_guided(self, batch: Batch) -> Tensor:
+        """Tissue map with the tagged classes."""
+        tags = batch.need_tags()
+        return self.tissue_map(self.augmented(batch.images).maps, tags > 0, batch.images)
+
+    def augmented(self, images: Tensor) -> ClassMaps:
+        """Mean of maps and logits over the views of ``config.test_time``, in the frame of the plain image."""
+        views = self.config.test_time
+        flips: list[tuple[int, ...]] = [(), (-1,), (-2,), (-2, -1)] if views.flip else [()]
+        size: tuple[int, int] | None = None
+        maps, logits = [], []
+        for axes, scale, intensity in product(flips, views.scales, views.intensities):
+            seen = self.class_maps(_view(images, axes, scale, intensity))
+            straight = seen.maps.flip(axes) if axes else seen.maps
+            size = size or (straight.shape[-2], straight.shape[-1])
+            if straight.shape[-2:] != size:
+                straight = F.interpolate(straight, size, mode="bilinear", align_corners=False)
+            maps.append(straight)
+            logits.append(seen.logits)
+        return ClassMaps(torch.stack(maps).mean(0), torch.stack(logits).mean(0))
+
+    def tissue_map(self, maps: Tensor, gate: Tensor, images: Tensor) -> Tensor:
+        """From class maps to probabilities.
+
+        M_c = gate_c ReLU(F_c) / max ReLU(F_c), the class activation map of Zhou et al. 2016 scaled to 1 per class;
+        p_c = (M_c + eps gate_c) / sum over classes, eps = 1e-4, so that pixels no class speaks for are shared evenly by
+        the classes present. White pixels (``ops.white``) go to the white channel where there is one, but for
+        ``TISSUE_UNDER_WHITE``, which keeps the shares of the tissue classes in proportion: the protocols that know no
+        white prediction (A and B) ask which tissue is the likeliest there.
+
+        Args:
+            maps: (B,C,h,w) from ``class_maps``.
+            gate: (B,C) bool, the classes that may occur; an image without any gets zeros.
+            images: (B,3,H,W) in [0,1].
+
+        Returns:
+            (B,K,H,W), K = C, or C + 1 with white.
+        """
+        active = F.relu(F.interpolate(maps.float(), images.shape[-2:], mode="bilinear", align_corners=False))
+        active = active / active.amax((2, 3), keepdim=True).clamp_min(1e-8)
+        weights = (active + 1e-4) * gate[:, :, None, None]
+        shares = weights / weights.sum(1, keepdim=True).clamp_min(1e-8)
+        if self.labels.white is None:
+            return shares
+        threshold, area = self.config.white_threshold, self.config.white_min_area
+        white = white_masks(images, threshold=threshold / 255, min_area=area)[:, None].to(shares)
+        hinted = gate.any(1)[:, None, None, None]  # nothing is said about an image without hint, not even white
+        white = white * hinted * (1 - TISSUE_UNDER_WHITE)
+        return torch.cat([shares * (1 - white), white], 1)
+
+
+def _view(images: Tensor, axes: tuple[int, ...], scale: float, intensity: float) -> Tensor:
+    view = images.flip(axes) if axes else images
+    if scale != 1:
+        height, width = (max(32, round(side * scale)) for side in images.shape[-2:])
+        view = F.interpolate(view, (height, width), mode="bilinear", align_corners=False, antialias=scale < 1)
+    return (view * intensity).clamp(0, 1) if intensity != 1 else view

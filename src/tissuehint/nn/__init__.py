@@ -1,0 +1,1 @@
+"""Shared network parts: encoders, segmentation networks, and how their weights are read."""

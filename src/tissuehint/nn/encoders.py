@@ -1,0 +1,227 @@
+"""Any timm or transformers backbone as a feature pyramid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tissuehint.errors import InputError
+from tissuehint.nn.config import ChannelStatistics, EncoderConfig
+from tissuehint.nn.transformers_backbones import TransformersPyramid
+from tissuehint.nn.weights import LoadedWeights, load_backbone
+
+__all__ = ["Encoder", "EncoderConfig", "Normalization", "build_encoder", "pad_to_multiple"]
+
+MINIMUM_SIDE = 32
+TRANSFORMERS_PREFIX = "hf:"
+
+
+class Normalization(nn.Module):
+    """``(image - mean) / std`` per channel, for images (B,3,H,W) in [0,1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, statistics: ChannelStatistics) -> None:
+        super().__init__()
+        # not in the state dict: the configuration is the one place that says them
+        self.register_buffer("mean", torch.tensor(statistics.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(statistics.std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B,3,H,W) in [0,1] to normalised (B,3,H,W)."""
+        return (images - self.mean) / self.std
+
+
+class Encoder(nn.Module):
+    """A backbone with its normalisation, for images of any size from 32 px.
+
+    Images whose sides are no multiple of the largest stride are padded below and at the right by repeating the last
+    row and column; the maps are cropped to ceil(H/stride) x ceil(W/stride). timm networks of one fixed size (MaxViT,
+    CoAtNet and others with fixed windows) take only the sizes that they were made for.
+
+    Attributes:
+        config: as built.
+        channels: per map, fine to coarse.
+        strides: per map, pixels of the image per cell.
+        weights: what was read, or None for random weights.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    weights: LoadedWeights | None
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.normalization = Normalization(config.statistics)
+        self.backbone: nn.Module
+        self._channels_last = False
+        if config.name.startswith(TRANSFORMERS_PREFIX):
+            self._build_transformers()
+        else:
+            self._build_timm()
+        # every cell of the coarsest map sees whole pixels
+        self.multiple = max(self.strides)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images (B,3,H,W) in [0,1] to maps (B,C,ceil(H/stride),ceil(W/stride)), fine to coarse.
+
+        Raises:
+            InputError: a side under 32 px, or a size that a fixed-size network refuses.
+        """
+        height, width = images.shape[-2:]
+        check_side(height, width)
+        padded = pad_to_multiple(images, self.multiple)
+        try:
+            maps = self.backbone(self.normalization(padded))
+        except AssertionError as error:
+            rule = f"does not take images of {height} x {width} pixels ({error})"
+            raise InputError(
+                f"encoder '{self.config.name}'", rule, "use the size in its name, or another encoder"
+            ) from error
+        if self._channels_last:
+            maps = [each.permute(0, 3, 1, 2).contiguous() for each in maps]
+        return [
+            each[..., : -(-height // stride), : -(-width // stride)]
+            for each, stride in zip(maps, self.strides, strict=True)
+        ]
+
+    def _build_transformers(self) -> None:
+        config = self.config
+        pyramid = TransformersPyramid(config.name.removeprefix(TRANSFORMERS_PREFIX), config.output_stride)
+        self.backbone, self.channels, self.strides = pyramid, pyramid.channels, pyramid.strides
+        if config.weights == "none":
+            self.weights = None
+        elif config.weights == "hub":
+            try:
+                self.weights = pyramid.load_hub()
+            except (OSError, RuntimeError) as error:
+                raise hub_error(config, error) from error
+        else:
+            self.weights = pyramid.load(Path(config.weights).expanduser())
+
+    def _build_timm(self) -> None:
+        config = self.config
+        self.backbone = timm_pyramid(config, features_only=True)
+        information: Any = self.backbone.feature_info
+        self.channels = tuple(int(each) for each in information.channels())
+        self.strides = tuple(int(each) for each in information.reduction())
+        self._channels_last = getattr(self.backbone, "output_fmt", None) == "NHWC"
+        self.weights = load_timm_weights(self.backbone, config)
+
+
+def build_encoder(config: EncoderConfig) -> Encoder:
+    """Build a backbone with the weights of its configuration; ``weights: none`` draws from torch's global generator.
+
+    Raises:
+        InputError: unknown name, refused licence, missing or wrong weights, a hub that cannot be reached.
+
+    Example:
+        >>> import torch
+        >>> encoder = build_encoder(EncoderConfig(name="mobilenetv2_100"))
+        >>> encoder.channels, encoder.strides
+        ((16, 24, 32, 96, 320), (2, 4, 8, 16, 32))
+        >>> [tuple(each.shape) for each in encoder(torch.rand(2, 3, 50, 64))][-1]
+        (2, 320, 2, 2)
+    """
+    return Encoder(config)
+
+
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """Repeat the last row and column of (B,C,H,W) until H and W are multiples of ``multiple``."""
+    below, right = -images.shape[-2] % multiple, -images.shape[-1] % multiple
+    return F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
+
+
+def check_side(height: int, width: int) -> None:
+    """Raise ``InputError`` for an image side under 32 px."""
+    if min(height, width) < MINIMUM_SIDE:
+        rule = f"networks take sides of at least {MINIMUM_SIDE} pixels"
+        raise InputError(f"image of {height} x {width} pixels", rule, "use larger patches")
+
+
+def check_timm_name(name: str) -> None:
+    """Raise ``InputError`` for a name that timm does not know or whose code may not be used."""
+    import timm
+
+    if name.removeprefix("smp:").startswith("mit_"):
+        rule = "has code under a non-commercial licence in segmentation_models_pytorch"
+        raise InputError(f"encoder '{name}'", rule, f"use hf:{name.removeprefix('smp:')}, which is Apache-2.0")
+    if not timm.is_model(name):
+        import difflib
+
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "run timm.list_models() for the names"
+        raise InputError(f"encoder '{name}'", "is not a network of timm", hint)
+
+
+def timm_pyramid(config: EncoderConfig, **options: Any) -> nn.Module:
+    """A timm network that takes any image size where it can.
+
+    Args:
+        config: name, output stride, and whether to ask the hub; weights from a path are not read here.
+        options: further arguments of ``timm.create_model``.
+    """
+    import timm
+
+    check_timm_name(config.name)
+    if config.output_stride is not None:
+        options["output_stride"] = config.output_stride
+    try:
+        return any_size(
+            lambda size: timm.create_model(config.name, pretrained=config.weights == "hub", **size, **options)
+        )
+    except TypeError as error:
+        rule, fix = f"cannot be built ({error})", "use another encoder"
+        if "output_stride" in str(error):
+            rule, fix = f"has no dilated form of output stride {config.output_stride}", "leave output_stride out"
+        raise InputError(f"encoder '{config.name}'", rule, fix) from error
+    except (OSError, RuntimeError) as error:
+        if config.weights == "hub":
+            raise hub_error(config, error) from error
+        raise
+
+
+def any_size(create: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
+    """Build a timm network so that it takes images of any size, where its family can.
+
+    Args:
+        create: builds the network with the given further arguments.
+
+    Raises:
+        TypeError: the last one, if no family's arguments are taken.
+    """
+    # each family has its own word: plain vision transformers, window transformers, all others
+    for words in ({"dynamic_img_size": True}, {"strict_img_size": False}):
+        try:
+            return create(words)
+        except TypeError as error:
+            if not any(word in str(error) for word in (*words, "output_stride")):
+                raise
+    return create({})
+
+
+def load_timm_weights(pyramid: nn.Module, config: EncoderConfig) -> LoadedWeights | None:
+    """Read the weights of ``config`` into a timm feature extractor that ``timm_pyramid`` built."""
+    import timm
+
+    if config.weights == "none":
+        return None
+    if config.weights == "hub":
+        return LoadedWeights("hub", len(pyramid.state_dict()))
+    with torch.device("meta"):
+        full_model = timm.create_model(config.name).state_dict()
+    return load_backbone(pyramid, config.weights, full_model)
+
+
+def hub_error(config: EncoderConfig, error: Exception) -> InputError:
+    """The one line for a download that failed."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    rule = f"weights cannot be fetched from the hub ({lines[0][:160]})"
+    return InputError(f"encoder '{config.name}'", rule, "give the path of a weights file, or weights: none")

@@ -1,0 +1,45 @@
+"""Settings of stage 2."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tissuehint.nn.config import NetworkConfig
+from tissuehint.nn.optimization import Optimization
+
+
+class SegmentationConfig(BaseModel):
+    """A network, its crops, its budget.
+
+    Args:
+        network: architecture and encoder.
+        loss: how a pixel counts.
+        optimization: optimiser, learning rates, schedule.
+        steps: optimiser steps; rounded to whole rounds.
+        batch_size: crops a step, over all devices.
+        round_steps: steps between two validations and checkpoints.
+        crop: side in pixels of training crops and of inference windows.
+        stride: step in pixels between inference windows; None takes ``crop`` (no overlap).
+        keep: weights that are kept at the end: of the ``last`` round, or of the round with the best mIoU on the
+            validation split (``best``), which looks at validation masks, as the published systems do.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    network: NetworkConfig = NetworkConfig()
+    loss: Literal["cross_entropy"] = "cross_entropy"
+    optimization: Optimization = Optimization()
+    steps: int = Field(default=1000, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    round_steps: int = Field(default=100, ge=1)
+    crop: int = Field(default=224, ge=32)
+    stride: int | None = Field(default=None, ge=1)
+    keep: Literal["last", "best"] = "last"
+
+    @model_validator(mode="after")
+    def _no_gaps(self) -> SegmentationConfig:
+        if self.stride is not None and self.stride > self.crop:
+            raise ValueError(f"stride {self.stride} is larger than crop {self.crop}: pixels between windows are lost")
+        return self
