@@ -1,0 +1,38 @@
+"""The contract over the whole registry. A new method adds its tiny settings to TINY and gets every test."""
+
+import pytest
+
+from tissuehint.plugins import method_names
+from tissuehint.testing import MethodCase, MethodContract
+
+ENCODER = {"name": "test_resnet"}
+FAST = {"name": "adamw", "learning_rate": 1e-3, "head_multiplier": 5, "power": 0}
+
+# name -> settings of its cases; several where a setting takes another path through the method
+TINY = {
+    "cam": [
+        {"encoder": ENCODER, "optimization": FAST},
+        {
+            "encoder": {"name": "mobilenetv3_small_050"},
+            "levels": 2,
+            "dropout": 0.3,
+            "optimization": FAST,
+            "test_time": {"flip": True, "scales": [0.75, 1.0], "intensities": [1.0, 1.1]},
+        },
+    ],
+}
+CASES = [MethodCase(name, settings) for name, several in TINY.items() for settings in several]
+
+
+def test_every_method_of_the_registry_has_a_case():
+    ours = [name for name in method_names() if name in TINY]
+    missing = sorted(set(method_names()) - set(TINY))
+    assert not missing, f"give {', '.join(missing)} tiny settings in TINY, so that the contract runs over it"
+    assert ours
+
+
+class TestContract(MethodContract):
+    @pytest.fixture(scope="class", params=CASES, ids=[f"{case.name}-{index}" for index, case in enumerate(CASES)])
+    @classmethod
+    def case(cls, request):
+        return request.param
