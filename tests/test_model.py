@@ -11,7 +11,7 @@ from tissuehint import TissueModel
 from tissuehint.data.patches import PatchGrid
 from tissuehint.errors import InputError
 from tissuehint.methods.cam import CAM, CAMConfig
-from tissuehint.nn.config import EncoderConfig, NetworkConfig
+from tissuehint.nn.config import EncoderConfig, NetworkConfig, TrunkConfig
 from tissuehint.nn.encoders import build_encoder
 from tissuehint.nn.networks import build_network
 from tissuehint.testing import fake_batch, fake_labels
@@ -231,3 +231,34 @@ class TestPredict:
         for name in ("broken.png", "missing.png"):
             with pytest.raises(InputError, match=name):
                 model.predict(tmp_path / name)
+
+
+class TestWorkingGrid:
+    def model(self, **network):
+        torch.manual_seed(0)
+        config = NetworkConfig(encoder=ENCODER, decoder={"encoder_depth": 3, "decoder_channels": [8, 8, 8]}, **network)
+        labels = fake_labels()
+        return TissueModel.from_network(build_network(config, labels.num_classes).eval(), labels, config)
+
+    def test_a_network_behind_a_trunk_comes_back_without_the_weights_of_its_trunk(self, tmp_path):
+        weights = tmp_path / "trunk.safetensors"
+        save_file(build_encoder(ENCODER).backbone.state_dict(), weights)
+        trunk = TrunkConfig(encoder=EncoderConfig(name="test_resnet", weights=str(weights)), stride=8)
+        model = self.model(scale=0.5, trunk=trunk)
+        folder = model.save(tmp_path / "model")
+        weights.unlink()
+        loaded = TissueModel.load(folder)
+        assert loaded.network.config.scale == 0.5
+        assert loaded.network.config.trunk.stride == 8
+        assert loaded.network.config.trunk.encoder.weights == "none"
+        pixels = picture(130, 101)
+        maps = loaded.predict(pixels)
+        assert maps.shape == (4, 130, 101)
+        assert torch.equal(maps, model.predict(pixels))
+
+    def test_models_from_before_these_options_still_load(self, saved):
+        expected = TissueModel.load(saved).predict(picture(64, 64))
+        card = json.loads((saved / "model.json").read_text())
+        del card["architecture"]["config"]["scale"], card["architecture"]["config"]["trunk"]
+        (saved / "model.json").write_text(json.dumps(card))
+        assert torch.equal(TissueModel.load(saved).predict(picture(64, 64)), expected)

@@ -10,7 +10,7 @@ from typing import Any
 from tissuehint.errors import InputError
 
 ENTRY_POINT_GROUP = "tissuehint.methods"
-METHODS = {"cam": "tissuehint.methods.cam:CAM"}
+METHODS = {"cam": "tissuehint.methods.cam:CAM", "cvm": "tissuehint.methods.cvm:CVM"}
 
 
 def method_names() -> list[str]:

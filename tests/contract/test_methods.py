@@ -6,6 +6,8 @@ from tissuehint.plugins import method_names
 from tissuehint.testing import MethodCase, MethodContract
 
 ENCODER = {"name": "test_resnet"}
+UNET = {"architecture": "unet", "encoder": ENCODER, "decoder": {"encoder_depth": 3, "decoder_channels": [16, 16, 8]}}
+COMPARED = ("none", "contrast_map", "direct_variational", "similarity", "crf", "mean_teacher", "dual_branch", "mixmatch")
 FAST = {"name": "adamw", "learning_rate": 1e-3, "head_multiplier": 5, "power": 0}
 
 # name -> settings of its cases; several where a setting takes another path through the method
@@ -19,6 +21,11 @@ TINY = {
             "optimization": FAST,
             "test_time": {"flip": True, "scales": [0.75, 1.0], "intensities": [1.0, 1.1]},
         },
+    ],
+    "cvm": [
+        {"network": UNET, "optimization": FAST},
+        *({"network": UNET, "complement": name, "optimization": FAST} for name in COMPARED),
+        {"network": {**UNET, "trunk": {"encoder": {"name": "resnet18"}, "stride": 4}}, "optimization": FAST},
     ],
 }
 CASES = [MethodCase(name, settings) for name, several in TINY.items() for settings in several]

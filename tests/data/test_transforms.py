@@ -15,11 +15,12 @@ MOVES = STILL.model_copy(update={"flip": True, "rotate": True})
 
 
 def make(coded, height, width, seed=0):
-    """A sample whose colours are row, column and class, with every third pixel a point."""
+    """A sample whose colours are row, column and class, with every third pixel a point; its guide repeats the image."""
     image, mask = coded(height, width, seed)
     rows, columns = np.divmod(np.arange(0, height * width, 3), width)
     points = np.stack([rows, columns, mask[rows, columns]], 1).astype(np.int64)
-    return Sample("s", to_tensor(image), torch.ones(4), torch.from_numpy(points), None, torch.from_numpy(mask).long())
+    picture, points = to_tensor(image), torch.from_numpy(points)
+    return Sample("s", picture, torch.ones(4), points, None, torch.from_numpy(mask).long(), picture.clone())
 
 
 def places(sample: Sample) -> torch.Tensor:
@@ -33,10 +34,11 @@ def check_exact(moved: Sample, original: Sample) -> None:
     assert torch.equal(places(moved).round().long(), original.points)
     assert torch.equal(moved.points[:, 2], original.points[:, 2])
     assert torch.equal((moved.image[2] * 255).round().long(), moved.mask)
+    assert torch.equal(moved.image, moved.guide)
 
 
 def equal(one: Sample, other: Sample) -> bool:
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("image", "mask", "points", "tags"))
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("image", "mask", "points", "tags", "guide"))
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -96,6 +98,7 @@ class TestZoom:
         kept = (rows >= top) & (rows < top + tall) & (columns >= left) & (columns < left + wide)
         assert torch.equal(moved.points[:, 2], sample.points[kept, 2]), "points outside the window are dropped"
         torch.testing.assert_close(places(moved), sample.points[kept].float(), atol=1e-3, rtol=0)
+        assert torch.equal(moved.image, moved.guide)
         window = sample.mask[top : top + tall, left : left + wide]
         assert torch.equal(moved.mask, window.repeat_interleave(factor, 0).repeat_interleave(factor, 1))
 

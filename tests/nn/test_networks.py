@@ -1,6 +1,7 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
@@ -25,9 +26,9 @@ PAIRS = [
 ]
 
 
-def network(architecture="unet", name="mobilenetv2_100", num_classes=3, decoder=None, **encoder):
+def network(architecture="unet", name="mobilenetv2_100", num_classes=3, decoder=None, scale=1.0, **encoder):
     config = NetworkConfig(
-        architecture=architecture, encoder=EncoderConfig(name=name, **encoder), decoder=decoder or {}
+        architecture=architecture, encoder=EncoderConfig(name=name, **encoder), decoder=decoder or {}, scale=scale
     )
     return build_network(config, num_classes)
 
@@ -178,3 +179,106 @@ def test_configuration_round_trips_and_leaves_the_stride_to_the_architecture():
     assert NetworkConfig.model_validate_json(config.model_dump_json()) == config
     with pytest.raises(ValidationError, match="decided by the architecture"):
         NetworkConfig(encoder=EncoderConfig(output_stride=8))
+
+
+def padded_by_hand(images, multiple):
+    rows = torch.arange(-(-images.shape[-2] // multiple) * multiple).clamp(max=images.shape[-2] - 1)
+    columns = torch.arange(-(-images.shape[-1] // multiple) * multiple).clamp(max=images.shape[-1] - 1)
+    return images[..., rows[:, None], columns]
+
+
+@pytest.mark.parametrize(("architecture", "name"), PAIRS)
+def test_logits_are_those_of_the_inner_network_bit_by_bit(architecture, name):
+    built = network(architecture, name).eval()
+    images = torch.rand(1, 3, 70, 45)
+    with torch.no_grad():
+        padded = padded_by_hand(images, built.multiple)
+        expected = built.network(built.normalization(padded))
+        if expected.shape[-2:] != padded.shape[-2:]:
+            expected = F.interpolate(expected, padded.shape[-2:], mode="bilinear", align_corners=False)
+        assert torch.equal(built(images), expected[..., :70, :45])
+
+
+@pytest.mark.parametrize(("architecture", "name"), PAIRS)
+def test_dense_gives_features_beside_the_logits_of_every_pixel(architecture, name):
+    built = network(architecture, name).eval()
+    for height, width in [(64, 96), (75, 51)]:
+        images = torch.rand(2, 3, height, width)
+        with torch.no_grad():
+            features, logits = built.dense(images)
+            assert torch.equal(logits, built(images))
+        assert features.shape[0] == 2
+        assert features.shape[2:] == (height, width) == built.grid(height, width)
+        assert features.shape[1] > 1
+        assert torch.isfinite(features).all()
+    assert not built.network.segmentation_head._forward_pre_hooks
+
+
+@pytest.mark.parametrize("architecture", ["unet", "manet", "unetplusplus", "linknet"])
+def test_features_are_what_the_head_sees(architecture):
+    built = network(architecture).eval()
+    images = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        features, logits = built.dense(images)
+        assert torch.equal(built.network.segmentation_head(features), logits)
+
+
+@pytest.mark.parametrize("architecture", ["fpn", "deeplabv3plus"])
+def test_features_that_are_enlarged_lie_where_the_logits_lie(architecture):
+    """A classifier of 1 x 1 commutes with bilinear enlargement, if both are enlarged in the same way."""
+    built = network(architecture).eval()
+    with torch.no_grad():
+        features, logits = built.dense(torch.rand(1, 3, 96, 64))
+        assert torch.allclose(built.network.segmentation_head[0](features), logits, atol=1e-5)
+
+
+def test_features_of_deeplab_v2_are_the_map_that_its_classifier_sees():
+    built = network("deeplab_v2", "resnet18").eval()
+    images = torch.rand(1, 3, 61, 64)
+    several = network("deeplab_v2", "resnet18", decoder={"scales": [0.5, 1.0, 0.75]}).eval()
+    several.load_state_dict(built.state_dict())
+    with torch.no_grad():
+        maps = built.network.encoder(built.normalization(padded_by_hand(images, 8)))[-1]
+        expected = F.interpolate(maps, (64, 64), mode="bilinear", align_corners=False)[..., :61, :]
+        assert torch.equal(built.dense(images).features, expected)
+        assert torch.equal(several.dense(images).features, expected)
+
+
+def test_features_carry_the_gradient():
+    built = network("fpn", "resnet18")
+    features, logits = built.dense(torch.rand(2, 3, 64, 64))
+    features.square().sum().backward()
+    assert all(each.grad is not None for each in built.network.decoder.parameters())
+    assert all(each.grad is None for each in built.network.segmentation_head.parameters())
+    assert logits.requires_grad
+
+
+@pytest.mark.parametrize("architecture", ["unet", "fpn", "pspnet", "deeplabv3plus", "segformer", "manet", "deeplab_v2"])
+@pytest.mark.parametrize("scale", [0.5, 0.37])
+def test_a_smaller_scale_is_the_network_on_the_shrunk_image(architecture, scale):
+    built = network(architecture, scale=scale).eval()
+    plain = network(architecture).eval()
+    plain.load_state_dict(built.state_dict())
+    images = torch.rand(1, 3, 131, 98)
+    size = (round(131 * scale), round(98 * scale))
+    small = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+    with torch.no_grad():
+        dense, expected = built.dense(images), plain.dense(small)
+        assert torch.equal(dense.logits, expected.logits)
+        assert torch.equal(dense.features, expected.features)
+        assert dense.logits.shape[-2:] == size == built.grid(131, 98)
+        enlarged = F.interpolate(plain(small), (131, 98), mode="bilinear", align_corners=False)
+        assert torch.equal(built(images), enlarged)
+
+
+def test_scale_has_a_range_and_a_smallest_image():
+    for scale in (0, -0.5, 1.5, float("nan")):
+        with pytest.raises(ValidationError, match="scale"):
+            NetworkConfig(scale=scale)
+    built = network(scale=0.25).eval()
+    with pytest.raises(InputError, match="a larger scale") as caught:
+        built(torch.rand(1, 3, 120, 300))
+    assert str(caught.value).startswith("image of 120 x 300 pixels at scale 0.25 (30 x 75)")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="a larger scale"):
+        built.dense(torch.rand(1, 3, 1, 300))

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from tissuehint.cli import compare, data, demo, doctor, evaluate, methods, predict, report, run
+from tissuehint.cli import compare, data, demo, doctor, evaluate, methods, predict, report, run, segment
 from tissuehint.cli.failures import DEBUG_VARIABLE, FAILED, INTERRUPTED, describe
 
 __all__ = ["app", "main"]
@@ -56,6 +56,7 @@ app.command("compare", context_settings={"ignore_unknown_options": True})(compar
 app.add_typer(data.app, name="data")
 app.command("methods")(methods.methods)
 app.command("predict")(predict.predict)
+app.command("segment")(segment.segment)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)

@@ -22,13 +22,14 @@ def compare(
     """Compare two groups of runs.
 
     Mean +- sample standard deviation of each group, and Welch's t-test. Rows are compared only with the same stage,
-    gate, split and protocol. A test needs two runs on each side.
+    gate, split and protocol. A test needs two runs on each side. The directory of a cross-validation stands for its
+    folds; the test takes them for independent, though their training images overlap.
     """
-    from tissuehint.cli.experiments import read_scores
+    from tissuehint.cli.experiments import read_tables
     from tissuehint.cli.output import say, table
     from tissuehint.cli.scores import print_legend, sections
 
-    groups = [[read_scores(folder)["rows"] for folder in group] for group in _groups(runs)]
+    groups = [[table for folder in group for table in read_tables(folder)] for group in _groups(runs)]
     rows = compared(groups[0], groups[1])
     say(f"A: {len(groups[0])} runs, B: {len(groups[1])} runs; mean +- sample standard deviation")
     heads = ["stage", "gate", "score", "A", "B", "A - B", "p"]

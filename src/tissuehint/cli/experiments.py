@@ -45,12 +45,37 @@ def read_recipe(recipe: str, overrides: Mapping[str, Any]) -> Recipe:
 
 
 def carry_out(recipe: Recipe) -> Finished:
-    """Run a recipe, or what is left of it, in its run directory.
+    """Run a recipe, or what is left of it, in its run directory; with cross-validation all its folds, or the one asked.
 
     Raises:
         InputError: as ``run`` says; a run directory without any finished work, made by this command, is gone then.
         InterruptedRunError: Ctrl-C.
     """
+    rules = recipe.cross_validation
+    if rules is None:
+        return _carry_out_one(recipe)
+    from tissuehint.pipeline.cross_validation import chosen_fold, cross_validate
+    from tissuehint.pipeline.stages import RunResult
+
+    if rules.fold is not None:
+        return _carry_out_one(chosen_fold(recipe))
+    started = time.monotonic()
+    result = RunResult(*cross_validate(recipe, _scores_of_fold))
+    return Finished(result, time.monotonic() - started)
+
+
+def _scores_of_fold(recipe: Recipe) -> Mapping[str, Any]:
+    from tissuehint.pipeline.processes import is_writer
+
+    rules = recipe.cross_validation
+    assert rules is not None
+    assert rules.fold is not None
+    if is_writer():
+        say(f"fold {rules.fold + 1} of {rules.folds}: {Path(recipe.output).expanduser() / recipe.name}")
+    return _carry_out_one(recipe).result.scores
+
+
+def _carry_out_one(recipe: Recipe) -> Finished:
     from tissuehint.pipeline.directory import RunDirectory
     from tissuehint.pipeline.processes import is_writer
     from tissuehint.pipeline.stages import Experiment
@@ -112,12 +137,18 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def read_scores(folder: Path) -> dict[str, Any]:
-    """``scores.json`` of a run directory, NaN where it holds null.
+def read_tables(folder: Path) -> list[list[dict[str, Any]]]:
+    """Score rows of a run directory, NaN where ``scores.json`` holds null; those of each fold of a cross-validation.
 
     Raises:
         InputError: no such file, or damaged.
     """
+    scores = _read_scores(folder)
+    runs = scores.get("runs")
+    return [scores["rows"]] if runs is None else [_read_scores(folder / str(run))["rows"] for run in runs]
+
+
+def _read_scores(folder: Path) -> dict[str, Any]:
     import json
 
     path = folder / "scores.json"

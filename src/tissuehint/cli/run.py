@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +11,6 @@ import typer
 if TYPE_CHECKING:
     from tissuehint.cli.experiments import Finished
     from tissuehint.pipeline import Recipe
-
-# what is averaged over seeds: every plain number of a row that is a score
-_NO_SCORES = frozenset({"images", "pixels", "boundary_distance"})
 
 
 def run(
@@ -32,7 +29,8 @@ def run(
     """Run a recipe.
 
     Train on hints, make pseudo masks, train on them, score, write the report and the model. The run directory is
-    OUT/NAME. A run that was killed goes on where it stopped when the same command is given again.
+    OUT/NAME. A run that was killed goes on where it stopped when the same command is given again. With the recipe key
+    cross_validation each fold is a run, OUT/NAME/fold_0 and so on, and OUT/NAME holds their means.
     """
     from tissuehint.cli.experiments import carry_out, read_recipe
     from tissuehint.errors import InputError
@@ -66,11 +64,28 @@ def show(finished: Finished) -> None:
     from tissuehint.cli.scores import print_scores, print_summary
 
     result = finished.result
+    if "cross_validation" in result.scores:
+        _show_folds(finished)
+        return
     if not result.scores["rows"]:
         say("Nothing was scored: no image of the scored splits has a mask.")
     print_scores(result.scores["rows"], f"Scores of {result.scores['run']}, seed {result.scores['seed']}")
     print_summary(result.scores)
     for line in result.scores.get("notes", ()):
+        say(f"note  {line}")
+    say(f"seconds: {finished.seconds:.0f}")
+    say(f"report: {result.report}")
+
+
+def _show_folds(finished: Finished) -> None:
+    from tissuehint.cli.output import say
+
+    result = finished.result
+    scores = result.scores
+    if not scores["rows"]:
+        say("Nothing was scored: no image of the scored splits has a mask.")
+    _show_means(scores["run"], f"{len(scores['runs'])} folds, seed {scores['seed']}", scores)
+    for line in scores["notes"]:
         say(f"note  {line}")
     say(f"seconds: {finished.seconds:.0f}")
     say(f"report: {result.report}")
@@ -93,10 +108,14 @@ def _run_seeds(recipe: Recipe, seeds: Sequence[int]) -> None:
     """One run per seed, then means."""
     from tissuehint.cli.experiments import carry_out
     from tissuehint.cli.output import say
+    from tissuehint.errors import InputError
     from tissuehint.files import write_json
     from tissuehint.pipeline import load_recipe
     from tissuehint.pipeline.processes import is_writer
 
+    if recipe.cross_validation is not None and recipe.cross_validation.fold is not None:
+        rule = "does not go with --seeds, whose summary is over whole cross-validations"
+        raise InputError(f"recipe key cross_validation.fold = {recipe.cross_validation.fold}", rule, "leave one out")
     runs = []
     for seed in seeds:
         named = load_recipe(recipe, {"name": f"{recipe.name}-seed{seed}", "seed": seed})
@@ -108,7 +127,8 @@ def _run_seeds(recipe: Recipe, seeds: Sequence[int]) -> None:
     summary = summarise(recipe.name, seeds, runs)
     target = Path(recipe.output).expanduser() / f"{recipe.name}-seeds.json"
     write_json(target, summary)
-    _show_seeds(summary)
+    folds = "" if recipe.cross_validation is None else ", of the means over the folds"
+    _show_means(recipe.name, f"the seeds {', '.join(map(str, seeds))}{folds}", summary)
     say(f"seconds: {sum(run.seconds for run in runs):.0f}")
     for finished in runs:
         say(f"report: {finished.result.report}")
@@ -118,53 +138,45 @@ def _run_seeds(recipe: Recipe, seeds: Sequence[int]) -> None:
 def summarise(name: str, seeds: Sequence[int], runs: Sequence[Finished]) -> dict[str, Any]:
     """Mean and sample standard deviation over seeds, of every score of every row.
 
+    With cross-validation the value of a seed is its mean over the folds.
+
     Returns:
         ``rows`` as in ``scores.json``, where each score is ``{"mean", "std", "values"}``, values in the order of
         ``seeds``.
     """
-    from tissuehint.cli.scores import key_of
+    from tissuehint.pipeline.summary import mean_ratio, mean_rows, plain
 
-    tables = [{key_of(row): row for row in finished.result.scores["rows"]} for finished in runs]
-    rows = []
-    for key, first in tables[0].items():
-        alike = [table[key] for table in tables if key in table]
-        names = {key: value for key, value in first.items() if isinstance(value, str)}
-        rows.append({**names, **{score: _spread([row[score] for row in alike]) for score in _scores_of(first)}})
-    ratios = [finished.result.scores["weak_full_ratio"] for finished in runs]
-    ratio = {key: _spread([one[key] for one in ratios]) for key in _scores_of(ratios[0])} if all(ratios) else None
+    scores = [finished.result.scores for finished in runs]
+    rows = mean_rows([[plain(row) for row in one["rows"]] for one in scores])
+    ratio = mean_ratio([plain(one["weak_full_ratio"]) for one in scores])
     folders = [finished.result.path.name for finished in runs]
     return {"format": 1, "name": name, "seeds": list(seeds), "runs": folders, "rows": rows, "weak_full_ratio": ratio}
 
 
-def _scores_of(row: dict[str, Any]) -> list[str]:
-    return [key for key, value in row.items() if isinstance(value, float) and key not in _NO_SCORES]
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    from tissuehint.metrics import mean_std
-
-    mean, std = mean_std(values)
-    return {"mean": mean, "std": std, "values": values}
-
-
-def _show_seeds(summary: dict[str, Any]) -> None:
+def _show_means(name: str, over: str, summary: Mapping[str, Any]) -> None:
+    """Print a summary over seeds or folds."""
     from tissuehint.cli.output import say, table
     from tissuehint.cli.scores import print_legend, sections
 
-    measures = (("miou", "mIoU"), ("dice_mean", "Dice"), ("boundary_miou", "bIoU"))
-    seeds = ", ".join(map(str, summary["seeds"]))
-    say(f"Mean +- sample standard deviation over the seeds {seeds}")
+    measures = (("miou", "mIoU"), ("dice_mean", "Dice"), ("accuracy", "Acc."), ("boundary_miou", "bIoU"))
+    say(f"Mean +- sample standard deviation over {over}")
     for place, rows in sections(summary["rows"]):
-        cells = [
-            [row["stage"], row["gate"], *(mean_and_std(row[key]["mean"], row[key]["std"]) for key, _ in measures)]
-            for row in rows
-        ]
-        title = f"{summary['name']}: {place}"
-        table(title, ["stage", "gate", *(name for _, name in measures)], cells, numbers=len(measures))
+        cells = [[row["stage"], row["gate"], *(_cell(row.get(key)) for key, _ in measures)] for row in rows]
+        table(f"{name}: {place}", ["stage", "gate", *(title for _, title in measures)], cells, numbers=len(measures))
     print_legend(summary["rows"])
     ratio = summary["weak_full_ratio"]
     if ratio is not None:
-        say(f"weak/full ratio: mIoU {mean_and_std(ratio['miou']['mean'], ratio['miou']['std'])}")
+        say(f"weak/full ratio: mIoU {_cell(ratio['miou'])}, Dice {_cell(ratio['dice_mean'])}")
+
+
+def _cell(score: Mapping[str, Any] | None) -> str:
+    """Mean and spread of a score, and how many of the runs have it where some have not."""
+    if score is None:
+        return "-"
+    values = score["values"]
+    defined = sum(value is not None for value in values)
+    some = f" ({defined} of {len(values)})" if 0 < defined < len(values) else ""
+    return mean_and_std(score["mean"], score["std"]) + some
 
 
 def mean_and_std(mean: float, std: float) -> str:

@@ -268,12 +268,12 @@ class TissueData(L.LightningDataModule):
             for _ in pool.map(lambda record: record.read_mask(self.labels).shape, records):
                 pass
 
-    def true_masks(self, side: int) -> MaskSet:
-        """Crops with the true masks: the fully supervised ceiling only."""
+    def true_masks(self, side: int | None) -> MaskSet:
+        """Crops (None: whole images) with the true masks: the fully supervised ceiling only."""
         return MaskSet(self.records("train"), self.read, TrueMasks(self.labels), side)
 
-    def pseudo_masks(self, folder: Path, side: int) -> MaskSet:
-        """Crops with the pseudo masks that stand in ``folder``, named by sample id."""
+    def pseudo_masks(self, folder: Path, side: int | None) -> MaskSet:
+        """Crops (None: whole images) with the pseudo masks that stand in ``folder``, named by sample id."""
         return MaskSet(self.records("train"), self.read, PseudoMasks(folder, self.labels), side)
 
     def train_on(

@@ -24,6 +24,8 @@ class Sample:
         proportions: (C,) float summing to 1, or None.
         mask: (H,W) int64 class indices, 255 = ignore: a pseudo mask in stage 2, the truth only where the recipe says
             ``labels: masks``; otherwise None.
+        guide: (C,H,W) float soft target that a method made for this very item while it trains, summing to 1 over the
+            classes, or 0 in all of them where it says nothing; or None.
     """
 
     id: str
@@ -32,6 +34,7 @@ class Sample:
     points: Tensor | None = None
     proportions: Tensor | None = None
     mask: Tensor | None = None
+    guide: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Batch:
         points: B tensors (P_b,3), or None.
         proportions: (B,C) or None.
         masks: (B,H,W) int64 or None.
+        guides: (B,C,H,W) float or None.
     """
 
     ids: list[str]
@@ -53,6 +57,7 @@ class Batch:
     points: list[Tensor] | None = None
     proportions: Tensor | None = None
     masks: Tensor | None = None
+    guides: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -73,6 +78,7 @@ class Batch:
             None if self.points is None else [change(points) for points in self.points],
             None if self.proportions is None else change(self.proportions),
             None if self.masks is None else change(self.masks),
+            None if self.guides is None else change(self.guides),
         )
 
     def need_tags(self) -> Tensor:
@@ -84,6 +90,18 @@ class Batch:
         if self.tags is None:
             raise InputError(f"images {', '.join(self.ids[:3])}", "have no tags", "give tags, or use another method")
         return self.tags
+
+    def need_points(self) -> list[Tensor]:
+        """B tensors (P_b,3).
+
+        Raises:
+            InputError: the batch has none.
+        """
+        if self.points is None:
+            raise InputError(
+                f"images {', '.join(self.ids[:3])}", "have no points", "give points, or use another method"
+            )
+        return self.points
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -103,13 +121,15 @@ def collate(samples: Sequence[Sample]) -> Batch:
         _together([sample.points for sample in samples]),
         _stack([sample.proportions for sample in samples]),
         _stack([sample.mask for sample in samples]),
+        _stack([sample.guide for sample in samples]),
     )
 
 
 def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample:
-    """Cut a window, keeping mask and points aligned.
+    """Cut a window, keeping mask, guide and points aligned.
 
-    Where the window reaches over the lower or right border, the image is mirrored, the mask is 255 (ignore). Points
+    Where the window reaches over the lower or right border, the image is mirrored, the mask is 255 (ignore), the guide
+    is 0. Points
     outside the window are dropped; tags and proportions stay those of the whole sample.
 
     Args:
@@ -123,12 +143,16 @@ def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample
         mask = mask[top : top + height, left : left + width]
         lacking = (0, width - mask.shape[1], 0, height - mask.shape[0])
         mask = torch.nn.functional.pad(mask, lacking, value=IGNORE)
+    guide = sample.guide
+    if guide is not None:
+        guide = guide[:, top : top + height, left : left + width]
+        guide = torch.nn.functional.pad(guide, (0, width - guide.shape[2], 0, height - guide.shape[1]))
     points = sample.points
     if points is not None:
         points = points - torch.tensor([top, left, 0])
         inside = (points[:, :2] >= 0).all(1) & (points[:, 0] < height) & (points[:, 1] < width)
         points = points[inside]
-    return replace(sample, image=image, mask=mask, points=points)
+    return replace(sample, image=image, mask=mask, points=points, guide=guide)
 
 
 def _mirror(image: Tensor, height: int, width: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -80,32 +80,62 @@ class HintSet:
 
 
 @dataclass(frozen=True)
+class GuidedSet:
+    """Items with hints, each with the soft target that a method has made for it so far.
+
+    Args:
+        items: the items; targets belong to them as they are before augmentation.
+        read: from the id of an item to its target (C,h,w) in pixels of the item, or None where it has none; what
+            reaches over the lower or right border is cut off.
+        channels: C.
+    """
+
+    items: HintSet
+    read: Callable[[str], Tensor | None]
+    channels: int
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def sample(self, index: int, generator: Generator | None = None) -> Sample:
+        """Item ``index`` with its guide at image size; 0 everywhere where there is none."""
+        sample = self.items.sample(index)
+        size = (sample.image.shape[1], sample.image.shape[2])
+        guide = self.read(sample.id)
+        if guide is None:
+            return replace(sample, guide=torch.zeros(self.channels, *size))
+        return replace(sample, guide=guide[:, : size[0], : size[1]])
+
+
+@dataclass(frozen=True)
 class MaskSet:
-    """Random square crops of images with their (pseudo) masks.
+    """Random square crops of images, or whole images, with their (pseudo) masks.
 
     Args:
         records: images.
         read: how to get the pixels of a record.
         read_target: how to get its mask, (H,W) class indices, 255 = ignore.
-        side: side of a crop in pixels.
+        side: side of a crop in pixels; None gives whole images.
     """
 
     records: Sequence[Record]
     read: ImageReader
     read_target: ImageReader
-    side: int
+    side: int | None
 
     def __len__(self) -> int:
         return len(self.records)
 
     def sample(self, index: int, generator: Generator) -> Sample:
-        """A crop of record ``index`` at a uniformly drawn place."""
+        """A crop of record ``index`` at a uniformly drawn place, or all of it."""
         record = self.records[index]
         pixels, target = self.read(record), self.read_target(record)
         (height, width), (tall, wide) = target.shape, pixels.shape[:2]
         if (height, width) != (tall, wide):
             rule = f"mask is {height} x {width} pixels (height x width), its image {tall} x {wide}"
             raise InputError(record.id, rule, "give a mask of the size of its image")
+        if self.side is None:
+            return Sample(record.id, to_tensor(pixels), mask=torch.from_numpy(target.astype(np.int64)))
         top = int(torch.randint(max(height - self.side, 0) + 1, (1,), generator=generator))
         left = int(torch.randint(max(width - self.side, 0) + 1, (1,), generator=generator))
         window = np.s_[top : top + self.side, left : left + self.side]

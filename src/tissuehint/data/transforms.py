@@ -1,4 +1,4 @@
-"""Paired augmentation: image, mask and points move together; colour moves alone."""
+"""Paired augmentation: image, mask, guide and points move together; colour moves alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Augmentation(BaseModel):
 
 
 def augment(sample: Sample, config: Augmentation, generator: Generator) -> Sample:
-    """Draw one augmentation and apply it to image, mask and points.
+    """Draw one augmentation and apply it to image, mask, guide and points.
 
     Args:
         sample: (3,H,W) image in [0,1] with what goes with it.
@@ -56,31 +56,34 @@ def flip(sample: Sample, *, horizontal: bool, vertical: bool) -> Sample:
     """Mirror left-right and (or) upside down."""
     height, width = sample.image.shape[1:]
     axes = [axis for axis, wanted in ((-1, horizontal), (-2, vertical)) if wanted]
-    image, mask, points = sample.image, sample.mask, sample.points
+    image, mask, points, guide = sample.image, sample.mask, sample.points, sample.guide
     if axes:
         image = image.flip(axes)
         mask = None if mask is None else mask.flip(axes)
+        guide = None if guide is None else guide.flip(axes)
     if points is not None and axes:
         rows = height - 1 - points[:, 0] if vertical else points[:, 0]
         columns = width - 1 - points[:, 1] if horizontal else points[:, 1]
         points = torch.stack([rows, columns, points[:, 2]], 1)
-    return replace(sample, image=image, mask=mask, points=points)
+    return replace(sample, image=image, mask=mask, points=points, guide=guide)
 
 
 def rotate(sample: Sample, quarter_turns: int) -> Sample:
     """Turn counter-clockwise by 90 degrees, ``quarter_turns`` times."""
-    image, mask, points = sample.image, sample.mask, sample.points
+    image, mask, points, guide = sample.image, sample.mask, sample.points, sample.guide
     for _ in range(quarter_turns % 4):
         width = image.shape[2]
         image = torch.rot90(image, 1, (1, 2))
         mask = None if mask is None else torch.rot90(mask, 1, (0, 1))
+        guide = None if guide is None else torch.rot90(guide, 1, (1, 2))
         if points is not None:
             points = torch.stack([width - 1 - points[:, 1], points[:, 0], points[:, 2]], 1)
-    return replace(sample, image=image, mask=mask, points=points)
+    return replace(sample, image=image, mask=mask, points=points, guide=guide)
 
 
 def zoom(sample: Sample, top: int, left: int, height: int, width: int, size: tuple[int, int] | None = None) -> Sample:
-    """Cut a window and resize it: bilinear image (antialiased when shrinking), nearest mask, points to their new pixel.
+    """Cut a window and resize it: bilinear image and guide (antialiased when shrinking), nearest mask, points to their
+    new pixel.
 
     Args:
         sample: what to cut from.
@@ -94,13 +97,17 @@ def zoom(sample: Sample, top: int, left: int, height: int, width: int, size: tup
     if mask is not None:
         window = mask[None, None, top : top + height, left : left + width].to(torch.uint8)
         mask = torch.nn.functional.interpolate(window, size, mode="nearest-exact")[0, 0].to(torch.int64)
+    guide = sample.guide
+    if guide is not None:
+        guide = guide[None, :, top : top + height, left : left + width]
+        guide = torch.nn.functional.interpolate(guide, size, mode="bilinear", align_corners=False, antialias=True)[0]
     if points is not None:
         moved = points[:, :2] - torch.tensor([top, left])
         window_size = torch.tensor([height, width])
         inside = (moved >= 0).all(1) & (moved < window_size).all(1)
         scaled = ((moved[inside] + 0.5) * torch.tensor(size) / window_size).floor().to(torch.int64)
         points = torch.cat([scaled, points[inside, 2:]], 1)
-    return replace(sample, image=image, mask=mask, points=points)
+    return replace(sample, image=image, mask=mask, points=points, guide=guide)
 
 
 def _draw_zoom(sample: Sample, smallest: float, generator: Generator) -> tuple[int, int, int, int]:

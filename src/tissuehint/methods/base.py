@@ -39,8 +39,15 @@ class Training(Protocol):
     batch_size: int
     round_steps: int
 
-    def fit(self, module: L.LightningModule, data: TissueData) -> None:
-        """Train ``module`` on ``data`` for ``steps`` optimiser steps: log, checkpoints and resume included."""
+    def fit(self, module: L.LightningModule, data: TissueData, *, keep_lowest: str | None = None) -> None:
+        """Train ``module`` on ``data`` for ``steps`` optimiser steps: log, checkpoints and resume included.
+
+        Args:
+            module: what is trained.
+            data: after ``train_on``.
+            keep_lowest: name of a value that ``module`` logs once a round on validation hints; training ends with the
+                weights of the round where it was lowest. None ends with the last weights.
+        """
 
 
 class WeakMethod(L.LightningModule, ABC):
@@ -155,21 +162,52 @@ class ClassMaps(NamedTuple):
     logits: Tensor
 
 
-class TagConfig(MethodConfig):
+class WhiteConfig(MethodConfig):
+    """What every method has that learns no white class: the rule that finds white.
+
+    Args:
+        white_threshold: grey value in 0..255 above which a pixel is white, where the label space has white.
+        white_min_area: smaller white spots, in pixels, count as tissue.
+    """
+
+    white_threshold: int = Field(default=200, ge=0, le=255)
+    white_min_area: int = Field(default=50, ge=0)
+
+    def split_white(self, shares: Tensor, images: Tensor, labels: LabelSpace) -> Tensor:
+        """Give white pixels to the white channel, where the label space has one.
+
+        White pixels (``ops.white``) go to the white channel but for ``TISSUE_UNDER_WHITE``, which keeps the shares of
+        the tissue classes in proportion: the protocols that know no white prediction (A and B) ask which tissue is the
+        likeliest there.
+
+        Args:
+            shares: (B,C,H,W) over tissue classes; an image with 0 everywhere has no hint, and nothing is said about it,
+                not even white.
+            images: (B,3,H,W) in [0,1].
+            labels: the classes.
+
+        Returns:
+            (B,K,H,W), K = C, or C + 1 with white.
+        """
+        if labels.white is None:
+            return shares
+        white = white_masks(images, threshold=self.white_threshold / 255, min_area=self.white_min_area)[:, None]
+        hinted = shares.flatten(1).any(1)[:, None, None, None]
+        share = white.to(shares) * hinted * (1 - TISSUE_UNDER_WHITE)
+        return torch.cat([shares * (1 - share), share], 1)
+
+
+class TagConfig(WhiteConfig):
     """What every tag method has.
 
     Args:
         test_time: augmentation at inference.
         presence_threshold: a class is present in an image if its probability reaches this (WSSS-Tissue: .1, TPRO: .4 on
             BCSS and .15 on LUAD, wsss_gland: .25); the likeliest class always is.
-        white_threshold: grey value in 0..255 above which a pixel is white, where the label space has white.
-        white_min_area: smaller white spots, in pixels, count as tissue.
     """
 
     test_time: TestTimeAugmentation = TestTimeAugmentation()
     presence_threshold: float = Field(default=0.5, ge=0, le=1)
-    white_threshold: int = Field(default=200, ge=0, le=255)
-    white_min_area: int = Field(default=50, ge=0)
 
 
 class TagMethod(WeakMethod):
@@ -224,9 +262,7 @@ class TagMethod(WeakMethod):
 
         M_c = gate_c ReLU(F_c) / max ReLU(F_c), the class activation map of Zhou et al. 2016 scaled to 1 per class;
         p_c = (M_c + eps gate_c) / sum over classes, eps = 1e-4, so that pixels no class speaks for are shared evenly by
-        the classes present. White pixels (``ops.white``) go to the white channel where there is one, but for
-        ``TISSUE_UNDER_WHITE``, which keeps the shares of the tissue classes in proportion: the protocols that know no
-        white prediction (A and B) ask which tissue is the likeliest there.
+        the classes present. White is split off by ``WhiteConfig.split_white``.
 
         Args:
             maps: (B,C,h,w) from ``class_maps``.
@@ -240,13 +276,7 @@ class TagMethod(WeakMethod):
         active = active / active.amax((2, 3), keepdim=True).clamp_min(1e-8)
         weights = (active + 1e-4) * gate[:, :, None, None]
         shares = weights / weights.sum(1, keepdim=True).clamp_min(1e-8)
-        if self.labels.white is None:
-            return shares
-        threshold, area = self.config.white_threshold, self.config.white_min_area
-        white = white_masks(images, threshold=threshold / 255, min_area=area)[:, None].to(shares)
-        hinted = gate.any(1)[:, None, None, None]  # nothing is said about an image without hint, not even white
-        white = white * hinted * (1 - TISSUE_UNDER_WHITE)
-        return torch.cat([shares * (1 - white), white], 1)
+        return self.config.split_white(shares, images, self.labels)
 
 
 def _view(images: Tensor, axes: tuple[int, ...], scale: float, intensity: float) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -66,6 +66,32 @@ class EncoderConfig(BaseModel):
         return NAMED_STATISTICS[self.normalization]
 
 
+class TrunkConfig(BaseModel):
+    """A convolutional trunk between a large image and a segmentation network.
+
+    The "feature extractor" of Zhang, Burrows et al., Point-supervised segmentation with contrast-based variational
+    models, CVPR 2023, section 4.1: ResNet-34 up to stride 16, so that a 4096 x 4096 image becomes 256 channels of
+    256 x 256 cells.
+
+    Args:
+        encoder: a convolutional timm network, its weights and the normalisation of the images.
+        stride: pixels of the (scaled) image per cell of the map; the last map of that stride is taken, and the stages
+            behind it are not built.
+        checkpointing: in training, keep the input of every block only and compute the rest again for the gradient:
+            less memory, about one more forward pass of the trunk in time, the same gradients.
+        frozen_norm: batch norms use their running statistics in training too and leave them as they are, because a
+            large image comes alone in its batch; their affine parameters are trained. With ``weights: none`` the
+            statistics are mean 0 and variance 1.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    encoder: EncoderConfig = Field(default_factory=lambda: EncoderConfig(name="resnet34"))
+    stride: Literal[4, 8, 16, 32] = 16
+    checkpointing: bool = True
+    frozen_norm: bool = True
+
+
 class NetworkConfig(BaseModel):
     """A segmentation network.
 
@@ -76,6 +102,10 @@ class NetworkConfig(BaseModel):
         encoder: backbone, its weights and normalisation. Its ``output_stride`` stays None: the architecture decides.
         decoder: further options of the architecture, by the names of segmentation_models_pytorch
             (``decoder_channels``, ``encoder_depth``, ...) or of ``DeepLabV2`` (``rates``, ``scales``).
+        scale: linear factor in (0, 1] by which images are shrunk before the network; logits are enlarged back to the
+            image. 0.5 costs about a quarter of the time and memory.
+        trunk: a convolutional trunk before the network, for images that are too large for it. The network then takes
+            the channels of the trunk: its encoder has ``weights: none`` and its normalisation is not used.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,6 +113,8 @@ class NetworkConfig(BaseModel):
     architecture: str = "unet"
     encoder: EncoderConfig = Field(default_factory=EncoderConfig)
     decoder: dict[str, Any] = Field(default_factory=dict)
+    scale: float = Field(default=1.0, gt=0, le=1)
+    trunk: TrunkConfig | None = None
 
     @field_validator("encoder")
     @classmethod
@@ -93,3 +125,19 @@ class NetworkConfig(BaseModel):
                 "leave it out, or set decoder.encoder_output_stride where the architecture has that option"
             )
         return value
+
+    @model_validator(mode="after")
+    def _behind_a_trunk(self) -> NetworkConfig:
+        if self.trunk is None:
+            return self
+        if self.encoder.weights != "none":
+            raise ValueError(
+                f"encoder.weights {self.encoder.weights} do not fit behind a trunk: they expect the 3 channels of an "
+                "image; set encoder.weights to none and give pretrained weights to trunk.encoder.weights"
+            )
+        if self.architecture == "deeplab_v2":
+            raise ValueError(
+                "deeplab_v2 takes the 3 channels of an image and cannot stand behind a trunk; "
+                "use unet or another network of segmentation_models_pytorch, or leave trunk out"
+            )
+        return self

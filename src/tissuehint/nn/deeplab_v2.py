@@ -108,6 +108,11 @@ class DeepLabV2(nn.Module):
             raise InputError(f"encoder '{encoder.name}'", rule, "use resnet101, as in the paper")
         self.aspp = AtrousPyramid(information.channels()[-1], num_classes, rates)
 
+    @property
+    def segmentation_head(self) -> nn.Module:
+        """The classifier, under the name that it has in segmentation_models_pytorch; it runs once per scale."""
+        return self.aspp
+
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B,3,H,W), H and W multiples of 8, to logits (B,K,H,W)."""
         size = images.shape[-2:]

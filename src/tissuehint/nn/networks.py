@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tissuehint.errors import InputError
 from tissuehint.nn.config import EncoderConfig, NetworkConfig
 from tissuehint.nn.deeplab_v2 import DeepLabV2
 from tissuehint.nn.encoders import (
+    MINIMUM_SIDE,
     TRANSFORMERS_PREFIX,
     Normalization,
     any_size,
@@ -23,9 +27,10 @@ from tissuehint.nn.encoders import (
     pad_to_multiple,
 )
 from tissuehint.nn.transformers_backbones import TransformersPyramid
+from tissuehint.nn.trunk import Trunk
 from tissuehint.nn.weights import LoadedWeights, load_backbone
 
-__all__ = ["NetworkConfig", "SegmentationNetwork", "build_network"]
+__all__ = ["Dense", "NetworkConfig", "SegmentationNetwork", "build_network"]
 
 NATIVE_PREFIX = "smp:"
 DEEPLAB_V2 = "deeplab_v2"
@@ -37,17 +42,36 @@ TAKEN = {"self", "encoder", "num_classes", "encoder_name", "encoder_weights", "i
 TAKEN |= {"activation", "aux_params", "kwargs"}
 
 
+class Dense(NamedTuple):
+    """What a network says of each cell of its working grid.
+
+    The grid has h x w cells: the image itself, shrunk by ``scale``, and the cells of a trunk of stride t at
+    ceil(H scale / t) x ceil(W scale / t). Cell (r, c) covers the image from row r s to (r + 1) s with s = t H / h' and
+    h' = round(H scale), columns likewise; cells at the lower and right border may reach beyond the image.
+
+    Args:
+        features: (B,D,h,w), the input of the segmentation head: the last decoder feature. Where the head upsamples,
+            enlarged bilinearly in the way of the head.
+        logits: (B,K,h,w).
+    """
+
+    features: Tensor
+    logits: Tensor
+
+
 class SegmentationNetwork(nn.Module):
     """A network with its normalisation, from images of any size (32 px and more) to logits of that size.
 
-    Images are padded below and at the right by repeating the last row and column up to the multiple that the network
-    needs, and the logits are cropped.
+    Images are shrunk by ``config.scale``, padded below and at the right by repeating the last row and column up to
+    the multiple that the network needs, and go through the trunk, if there is one; the logits are cropped and enlarged
+    bilinearly to the image.
 
     Attributes:
         config: as built.
         num_classes: K.
-        multiple: of the sides that the inner network sees.
-        weights: what was read into the encoder, or None for random weights.
+        stride: pixels of the shrunk image per cell of the logits: that of the trunk, or 1.
+        multiple: of the sides of the padded image.
+        weights: what was read into ``encoder``, or None for random weights.
     """
 
     def __init__(self, config: NetworkConfig, num_classes: int) -> None:
@@ -56,37 +80,104 @@ class SegmentationNetwork(nn.Module):
             raise InputError(f"num_classes {num_classes}", "is not at least 1", "give the data set's number of classes")
         self.config = config
         self.num_classes = num_classes
-        self.normalization = Normalization(config.encoder.statistics)
+        self.trunk = None if config.trunk is None else Trunk(config.trunk)
+        self.stride = 1 if self.trunk is None else self.trunk.stride
+        self.normalization = Normalization((config.trunk or config).encoder.statistics)
         self.weights: LoadedWeights | None
         self.network: Any
         if config.architecture == DEEPLAB_V2:
             _check_options(config, DeepLabV2)
             self.network = DeepLabV2(config.encoder, num_classes, **config.decoder)
-            self.weights, self.multiple = self.network.weights, self.network.multiple
+            self.weights, multiple = self.network.weights, self.network.multiple
         else:
-            self.network = _smp_network(config, num_classes)
-            self.weights = _load(self.network.encoder, config)
-            self.multiple = MULTIPLES.get(config.architecture, int(self.network.encoder.output_stride))
+            self.network = _smp_network(config, num_classes, 3 if self.trunk is None else self.trunk.channels)
+            self.weights = _load(self.network.encoder, config) if self.trunk is None else self.trunk.weights
+            multiple = MULTIPLES.get(config.architecture, int(self.network.encoder.output_stride))
+        self.multiple = self.stride * multiple
 
     @property
     def encoder(self) -> nn.Module:
-        """The part that pretrained weights are for."""
-        encoder: nn.Module = self.network.encoder
+        """The part that pretrained weights are for: the trunk, or the encoder of a network without one."""
+        encoder: nn.Module = self.network.encoder if self.trunk is None else self.trunk
         return encoder
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Size (h,w) of the working grid of an image of H x W pixels, see ``Dense``."""
+        height, width = self._scaled(height, width)
+        return -(-height // self.stride), -(-width // self.stride)
+
+    def covered(self, height: int, width: int) -> tuple[int, int]:
+        """Pixels (height, width) of an image of H x W that its working grid covers.
+
+        The cells at the lower and right border may reach beyond the image: they keep their size.
+        """
+        sides = zip(self.grid(height, width), (height, width), self._scaled(height, width), strict=True)
+        tall, wide = (round(cells * self.stride * side / scaled) for cells, side, scaled in sides)
+        return tall, wide
+
+    def dense(self, images: Tensor) -> Dense:
+        """Images (B,3,H,W) in [0,1] to features (B,D,h,w) and logits (B,K,h,w) on the working grid.
+
+        Raises:
+            InputError: a side under 32 px, after ``scale``.
+        """
+        height, width = self.grid(*images.shape[-2:])
+        head: nn.Module = self.network.segmentation_head
+        with _inputs(head) as seen:
+            logits = self._padded_logits(images)
+        # DeepLab-v2 on several scales asks its head once per scale; the finest features are those of the image
+        features = max(seen, key=lambda each: each.shape[-1])
+        if features.shape[-2:] != logits.shape[-2:]:
+            corners = not isinstance(self.network, DeepLabV2)  # heads of segmentation_models_pytorch align them
+            features = F.interpolate(features, logits.shape[-2:], mode="bilinear", align_corners=corners)
+        return Dense(features[..., :height, :width], logits[..., :height, :width])
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B,3,H,W) in [0,1] to logits (B,K,H,W).
 
         Raises:
-            InputError: a side under 32 px.
+            InputError: a side under 32 px, after ``scale``.
         """
+        size = images.shape[-2:]
+        height, width = self.grid(*size)
+        logits = self._padded_logits(images)[..., :height, :width]
+        if logits.shape[-2:] == size:
+            return logits
+        logits = F.interpolate(logits, self.covered(*size), mode="bilinear", align_corners=False)
+        return logits[..., : size[0], : size[1]]
+
+    def _scaled(self, height: int, width: int) -> tuple[int, int]:
+        return max(1, round(height * self.config.scale)), max(1, round(width * self.config.scale))
+
+    def _padded_logits(self, images: Tensor) -> Tensor:
+        """Logits on the grid of the padded image."""
         height, width = images.shape[-2:]
-        check_side(height, width)
-        padded = pad_to_multiple(images, self.multiple)
-        logits: Tensor = self.network(self.normalization(padded))
-        if logits.shape[-2:] != padded.shape[-2:]:  # architectures whose upsampling is set for another encoder depth
-            logits = nn.functional.interpolate(logits, padded.shape[-2:], mode="bilinear", align_corners=False)
-        return logits[..., :height, :width]
+        scaled = self._scaled(height, width)
+        if self.config.scale == 1:
+            check_side(height, width)
+        elif min(scaled) < MINIMUM_SIDE:
+            subject = f"image of {height} x {width} pixels at scale {self.config.scale:g} ({scaled[0]} x {scaled[1]})"
+            rule = f"networks take sides of at least {MINIMUM_SIDE} pixels"
+            raise InputError(subject, rule, "use larger patches or a larger scale")
+        if scaled != (height, width):
+            images = F.interpolate(images, scaled, mode="bilinear", align_corners=False, antialias=True)
+        padded = self.normalization(pad_to_multiple(images, self.multiple))
+        maps = padded if self.trunk is None else self.trunk(padded)
+        logits: Tensor = self.network(maps)
+        if logits.shape[-2:] != maps.shape[-2:]:  # architectures whose upsampling is set for another encoder depth
+            logits = F.interpolate(logits, maps.shape[-2:], mode="bilinear", align_corners=False)
+        return logits
+
+
+@contextmanager
+def _inputs(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The first argument of every call of ``module`` inside."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def build_network(config: NetworkConfig, num_classes: int) -> SegmentationNetwork:
@@ -137,13 +228,19 @@ class TransformersEncoder(nn.Module):
         return [images, empty, *self.model(images)[: self.levels]]
 
     def set_in_channels(self, in_channels: int, pretrained: bool = False) -> None:
-        """Part of the interface; images have three channels here."""
+        """Part of the interface; there are three channels here."""
+        if in_channels != 3:
+            raise InputError(
+                f"encoder '{TRANSFORMERS_PREFIX}{self.model.name}'",
+                f"takes the 3 channels of an image, not the {in_channels} of a trunk",
+                "use a timm encoder behind a trunk, or leave the trunk out",
+            )
 
     def make_dilated(self, output_stride: int) -> None:
         """Part of the interface; the constructor has done it."""
 
 
-def _smp_network(config: NetworkConfig, num_classes: int) -> nn.Module:
+def _smp_network(config: NetworkConfig, num_classes: int, in_channels: int) -> nn.Module:
     import segmentation_models_pytorch as smp
 
     architectures = smp.MODEL_ARCHITECTURES_MAPPING
@@ -153,7 +250,7 @@ def _smp_network(config: NetworkConfig, num_classes: int) -> nn.Module:
     architecture = architectures[config.architecture]
     _check_options(config, architecture)
     name, pretrained = _smp_encoder(config.encoder)
-    options: dict[str, Any] = {"in_channels": 3, "classes": num_classes, **config.decoder}
+    options: dict[str, Any] = {"in_channels": in_channels, "classes": num_classes, **config.decoder}
     if config.architecture == "dpt":
         options["num_classes"] = 0  # of the vision transformer, whose classifier is not used
 

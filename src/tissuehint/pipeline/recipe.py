@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
+from tissuehint.data.folds import CrossValidation
 from tissuehint.data.module import DataConfig
 from tissuehint.errors import InputError
 from tissuehint.methods.base import MethodConfig
@@ -110,11 +111,13 @@ class Recipe(BaseModel):
         output: folder of run directories.
         seed: of weights, order and augmentation.
         data: which images and hints.
+        cross_validation: deal all images into test folds anew, run each fold and summarise them.
         method: name and settings of stage 1; None only with ``data.labels: masks``.
         stage1: its budget.
         pseudo_masks: from maps to masks.
         stage2: the segmentation network; None ends after stage 1, which is then the model.
-        ceiling: train the network of stage 2 with the true masks too, same budget, and report the weak/full ratio.
+        ceiling: train the network of stage 2 with the true masks too, same budget, and report the weak/full ratio. For
+            a method of one stage give the network and budget here, as in ``stage2``.
         trainer: passed to Lightning.
         evaluation: what is scored.
         published: numbers of the paper for this experiment, shown beside ours.
@@ -126,11 +129,12 @@ class Recipe(BaseModel):
     output: str = "runs"
     seed: int = Field(default=0, ge=0)
     data: DataConfig
+    cross_validation: CrossValidation | None = None
     method: SerializeAsAny[MethodConfig] | None = None
     stage1: StageOne = StageOne()
     pseudo_masks: PseudoMasks = PseudoMasks()
     stage2: SegmentationConfig | None = None
-    ceiling: bool = False
+    ceiling: bool | SegmentationConfig = False
     trainer: TrainerSettings = TrainerSettings()
     evaluation: Evaluation = Evaluation()
     published: dict[str, str] = Field(default_factory=dict)
@@ -141,13 +145,20 @@ class Recipe(BaseModel):
             raise ValueError("data.labels: masks trains the network of stage2 alone, but stage2 is not given")
         if self.data.labels is None and self.method is None:
             raise ValueError("method is not given; only data.labels: masks does without")
-        if self.ceiling and self.stage2 is None:
+        if self.ceiling is True and self.stage2 is None:
             raise ValueError("ceiling trains the network of stage2 with masks, but stage2 is not given")
         side = self.data.patches.side if self.data.patches else None
         for key, stride in (("pseudo_masks", self.pseudo_masks.stride), ("evaluation", self.evaluation.stride)):
             if side is not None and stride is not None and stride > side:
                 raise ValueError(f"{key}.stride {stride} is larger than data.patches.side {side}: pixels are lost")
         return self
+
+    @property
+    def full_supervision(self) -> SegmentationConfig | None:
+        """The network that is trained with the true masks, or None."""
+        if isinstance(self.ceiling, SegmentationConfig):
+            return self.ceiling
+        return self.stage2 if self.ceiling or self.data.labels == "masks" else None
 
     def to_yaml(self) -> str:
         """The resolved recipe; reading it back gives the same recipe."""

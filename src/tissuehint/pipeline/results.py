@@ -78,7 +78,7 @@ class Results:
                 if self.recipe.evaluation.oracle:
                     rows += self._score(split, self._oracle(maps), stage="stage1", name=name, gate="oracle")
             for stage, model in self.models.items():
-                label = f"{name} + {self._architecture()}" if stage == "stage2" else f"{self._architecture()}, masks"
+                label = f"{name} + {self._architecture()}" if stage == "stage2" else f"{self._ceiling()}, masks"
                 rows += self._score(split, self._of(model), stage=stage, name=label, gate="none")
         rows += self._pseudo_mask_rows(name)
         return rows
@@ -174,6 +174,10 @@ class Results:
     def _architecture(self) -> str:
         return self.recipe.stage2.network.architecture if self.recipe.stage2 else ""
 
+    def _ceiling(self) -> str:
+        full = self.recipe.full_supervision
+        return full.network.architecture if full else ""
+
     def _of(self, model: TissueModel) -> TissueMapOf:
         return model_maps(model, self.data, self.recipe.evaluation.batch_size)
 
@@ -182,9 +186,15 @@ class Results:
 
 
 def weak_full_ratio(rows: list[dict[str, Any]]) -> dict[str, float | str] | None:
-    """Score of stage 2 over the score of the same network trained with masks, first scored split and protocol."""
-    found = {stage: next((row for row in rows if row["stage"] == stage), None) for stage in ("stage2", "ceiling")}
-    weak, full = found["stage2"], found["ceiling"]
+    """Score of what is kept over that of the network trained with masks, first scored split and protocol.
+
+    What is kept is stage 2, or the method itself (without labels) where it is the only stage.
+    """
+
+    def first(stage: str, gate: str) -> dict[str, Any] | None:
+        return next((row for row in rows if (row["stage"], row["gate"]) == (stage, gate)), None)
+
+    weak, full = first("stage2", "none") or first("stage1", "predicted"), first("ceiling", "none")
     if weak is None or full is None:
         return None
     ratios = {key: weak[key] / full[key] if full[key] else float("nan") for key in RATIO_KEYS}

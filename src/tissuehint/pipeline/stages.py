@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from tissuehint.data.folds import fold_dataset
 from tissuehint.data.module import TissueData, load_dataset
 from tissuehint.data.patches import PatchGrid
 from tissuehint.errors import InputError
@@ -18,6 +19,7 @@ from tissuehint.files import finite, write_json, write_palette_png
 from tissuehint.labels import LabelSpace
 from tissuehint.methods.base import WeakMethod
 from tissuehint.model import CARD_FILE, TissueModel
+from tissuehint.pipeline.cross_validation import chosen_fold, cross_validate
 from tissuehint.pipeline.directory import RunDirectory, write_environment
 from tissuehint.pipeline.inference import StageOneMaps, inference_device, model_maps, pseudo_mask
 from tissuehint.pipeline.processes import connected, is_writer, share, wait_for_all
@@ -35,8 +37,9 @@ class RunResult:
     """What a run leaves.
 
     Args:
-        path: the run directory.
-        scores: content of ``scores.json``; None where a score is not defined.
+        path: the run directory; of a cross-validation the directory that holds those of its folds.
+        scores: content of ``scores.json``; None where a score is not defined. Of a cross-validation each score is
+            ``{"mean", "std", "values"}``, values in the order of the folds.
     """
 
     path: Path
@@ -48,7 +51,11 @@ class RunResult:
         return self.path / "report.html"
 
     def model(self) -> TissueModel:
-        """The model to keep."""
+        """The model to keep.
+
+        Raises:
+            InputError: the result of a cross-validation, which has a model in each fold and none for all.
+        """
         return TissueModel.load(self.path / "model")
 
 
@@ -68,20 +75,27 @@ def run(recipe: Recipe | Mapping[str, Any] | Path | str, **overrides: Any) -> Ru
     Example:
         ``tissuehint.run("cam/phantom", seed=1).scores["weak_full_ratio"]``
     """
-    return Experiment(load_recipe(recipe, overrides)).run()
+    checked = load_recipe(recipe, overrides)
+    if checked.cross_validation is None:
+        return Experiment(checked).run()
+    if checked.cross_validation.fold is not None:
+        return Experiment(chosen_fold(checked)).run()
+    return RunResult(*cross_validate(checked, lambda fold: Experiment(fold).run().scores))
 
 
 class Experiment:
     """The stages of one recipe.
 
     Args:
-        recipe: checked.
+        recipe: checked; with ``cross_validation`` it is that of one fold.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.directory = RunDirectory.open(recipe, writer=False)
         dataset = load_dataset(recipe.data)
+        if recipe.cross_validation is not None:
+            dataset = fold_dataset(dataset, recipe.cross_validation)
         self.data = TissueData(dataset, recipe.data, recipe.seed)
         self.device = inference_device(recipe.trainer)
         if not self.data.records("train"):
@@ -104,7 +118,8 @@ class Experiment:
         weak = recipe.data.labels is None
         method = self._method() if weak else None
         stage2 = self._network(recipe.stage2) if recipe.stage2 is not None and weak else None
-        ceiling = self._network(recipe.stage2) if recipe.stage2 is not None and (recipe.ceiling or not weak) else None
+        full = recipe.full_supervision
+        ceiling = self._network(full) if full is not None else None
         self._check_masks(ceiling is not None)
         RunDirectory.open(recipe, writer=is_writer())
         if is_writer():
@@ -135,9 +150,11 @@ class Experiment:
             key = "ceiling" if self.recipe.data.labels is None else "data.labels: masks"
             rule = f"trains with masks, but {len(lacking)} training images have none, such as {lacking[0]}"
             raise InputError(f"recipe key {key}", rule, "give their masks, or leave the key out")
-        if self.recipe.stage2 is not None and self.recipe.stage2.keep == "best" and not self.data.with_masks("val"):
-            rule = "keeps the round with the best score on val, but no val image has a mask"
-            raise InputError("recipe key stage2.keep = best", rule, "write keep: last, or give val images with masks")
+        for key, network in (("stage2", self.recipe.stage2), ("ceiling", self.recipe.full_supervision)):
+            if network is not None and network.keep == "best" and not self.data.with_masks("val"):
+                rule = "keeps the round with the best score on val, but no val image has a mask"
+                fix = "write keep: last, or give val images with masks"
+                raise InputError(f"recipe key {key}.keep = best", rule, fix)
 
     # ---- stages -------------------------------------------------------------------------------------------------
 
@@ -262,7 +279,7 @@ class Experiment:
 
     def _network_model(self, module: SegmentationModule) -> TissueModel:
         config = module.config
-        grid = PatchGrid(side=config.crop, stride=config.stride or config.crop)
+        grid = None if config.crop is None else PatchGrid(side=config.crop, stride=config.stride or config.crop)
         return TissueModel.from_network(module.network, self.labels, config.network, grid=grid, **self._origin())
 
     def _method_model(self, method: WeakMethod) -> TissueModel:

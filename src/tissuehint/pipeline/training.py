@@ -74,11 +74,22 @@ class Fit:
         self.keep_best = keep_best and validate is not None
         self.seconds = 0.0
 
-    def fit(self, module: L.LightningModule, data: TissueData) -> None:
-        """Train ``module``; resumes from the last finished round if there is one."""
+    def fit(self, module: L.LightningModule, data: TissueData, *, keep_lowest: str | None = None) -> None:
+        """Train ``module``; resumes from the last finished round if there is one.
+
+        Args:
+            module: what is trained.
+            data: after ``train_on``.
+            keep_lowest: name of a value that ``module`` logs once a round on validation hints; training ends with the
+                weights of the round where it was lowest. None ends with the last weights.
+        """
         started = time.monotonic()
         resume = self._checkpoint()
-        best = RoundValidation(self.folder, self.validate, keep_best=self.keep_best) if self.validate else None
+        best: RoundValidation | LowestRound | None = None
+        if keep_lowest is not None:
+            best = LowestRound(self.folder, keep_lowest)
+        elif self.validate is not None:
+            best = RoundValidation(self.folder, self.validate, keep_best=self.keep_best)
         with _quiet():
             trainer = self._trainer(best)
             try:
@@ -88,7 +99,7 @@ class Fit:
                 if is_writer():
                     merge_logs(self.folder)
         wait_for_all()
-        if best is not None and self.keep_best:
+        if best is not None and best.keep_best:
             best.restore(module)
         self.seconds += time.monotonic() - started
 
@@ -104,7 +115,7 @@ class Fit:
             raise InputError(path, rule, "delete it, and the stage starts anew") from None
         return str(path)
 
-    def _trainer(self, best: RoundValidation | None) -> L.Trainer:
+    def _trainer(self, best: RoundValidation | LowestRound | None) -> L.Trainer:
         settings = self.settings
         callbacks: list[Callback] = [SeedEachStep(self.seed), LearningRateMonitor("step"), DataWait()]
         if best is not None:
@@ -258,6 +269,38 @@ class RoundValidation(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From the checkpoint."""
         self.best = float(state["best"])
+
+
+class LowestRound(Callback):
+    """Keeps the weights of the round in which a logged value was lowest."""
+
+    keep_best = True
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        self.name = name
+        self.lowest = float("inf")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """The validation loop of the round is done; the value is the same in every process."""
+        value = float(trainer.callback_metrics[self.name])
+        # the first round counts even where its value is NaN, so that there always is one to go back to
+        if value < self.lowest or not (self.folder / BEST_WEIGHTS).is_file():
+            self.lowest = value if value == value else float("inf")
+            if is_writer():
+                save_weights(module, self.folder / BEST_WEIGHTS)
+
+    def restore(self, module: L.LightningModule) -> None:
+        """Put the weights of the best round back."""
+        load_weights(module, self.folder / BEST_WEIGHTS)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"lowest": self.lowest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self.lowest = float(state["lowest"])
 
 
 def save_weights(module: L.LightningModule, path: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from tissuehint.errors import InputError
 from tissuehint.files import write_text
+from tissuehint.report.folds import fold_table
 from tissuehint.report.gallery import gallery
 from tissuehint.report.markup import Markup, join, tag
 from tissuehint.report.plots import training_charts
@@ -26,13 +27,15 @@ SECTIONS = (
     ("recipe", "Recipe"),
     ("environment", "Environment"),
 )
+FOLD_SECTIONS = (("folds", "Folds"), ("scores", "Scores"), ("recipe", "Recipe"))
 
 
 def write_report(run: Path) -> Path:
     """Write ``report.html`` of a run directory: one page without outside requests, that opens from a disk.
 
     Reads the run directory and nothing else. A part that is missing (no stage 2, no scores yet) is said on the page;
-    so is a part that cannot be read. The same directory gives the same page, byte for byte.
+    so is a part that cannot be read. Of a cross-validation it shows means and spreads, and leads to the pages of the
+    folds. The same directory gives the same page, byte for byte.
 
     Args:
         run: the run directory; it needs ``recipe.yaml`` at least.
@@ -77,21 +80,30 @@ def page(record: RunRecord) -> str:
 
 
 def _body(record: RunRecord) -> Markup:
-    links = [tag("a", title, href=f"#{name}") for name, title in SECTIONS]
-    navigation = tag("nav", *links, aria_label="Sections")
-    sections = (
+    scores = _section("scores", "Scores", score_table(record), notes(), published(record), *class_tables(record))
+    if record.folds:
+        table = _section("folds", "Folds", fold_table(record))
+        return _page(record, FOLD_SECTIONS, table, scores, _section("recipe", "Recipe", _recipe(record)))
+    return _page(
+        record,
+        SECTIONS,
         _section("gallery", "Gallery", gallery(record)),
-        _section("scores", "Scores", score_table(record), notes(), published(record), *class_tables(record)),
+        scores,
         _section("curves", "Training", _stage_list(record), _curves(record)),
         _section("model", "Use the model", _model(record)),
         _section("recipe", "Recipe", _recipe(record)),
         _section("environment", "Environment", _environment(record.environment)),
     )
+
+
+def _page(record: RunRecord, names: Sequence[tuple[str, str]], *sections: Markup) -> Markup:
+    links = [tag("a", title, href=f"#{name}") for name, title in names]
+    navigation = tag("nav", *links, aria_label="Sections")
     return join([_header(record), navigation, tag("main", _problems(record), _top(record), *sections)])
 
 
 def _header(record: RunRecord) -> Markup:
-    waiting = record.waiting()
+    waiting = () if record.folds else record.waiting()
     if not waiting and record.scored:
         state = tag("span", "finished", class_="chip done")
     else:
@@ -102,6 +114,8 @@ def _header(record: RunRecord) -> Markup:
         ("Data", _named(record.recipe.get("data"), "source")),
         ("Seed", record.recipe.get("seed", "not stated")),
     ]
+    if record.folds:
+        facts.append(("Cross-validation", f"{len(record.folds)} folds"))
     listed = [tag("div", tag("dt", term), tag("dd", fact)) for term, fact in facts]
     theme = tag("button", "Dark page", type="button", id="theme", hidden=True)
     top = tag("div", tag("p", "tissuehint run", class_="eyebrow"), theme, class_="header-top")
@@ -109,7 +123,8 @@ def _header(record: RunRecord) -> Markup:
 
 
 def _top(record: RunRecord) -> Markup:
-    return tag("section", tag("h2", "Headline"), headline(record), *_data_notes(record.environment), id="headline")
+    told = record.notes if record.folds else (record.environment or {}).get("notes")
+    return tag("section", tag("h2", "Headline"), headline(record), *_data_notes(told), id="headline")
 
 
 def _section(name: str, title: str, *parts: object) -> Markup:
@@ -179,12 +194,11 @@ def _environment(environment: Mapping[str, Any] | None) -> Markup:
     return join(parts)
 
 
-def _data_notes(environment: Mapping[str, Any] | None) -> list[Markup]:
+def _data_notes(found: Any) -> list[Markup]:
     """What must stand beside every number: how the split was made, patients in two splits, the licence."""
-    found = (environment or {}).get("notes")
     if not found:
         return []
-    listed = found if isinstance(found, list) else [found]
+    listed = found if isinstance(found, list | tuple) else [found]
     return [tag("h3", "Notes on the data"), tag("ul", *(tag("li", _plain(note)) for note in listed))]
 
 

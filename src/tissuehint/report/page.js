@@ -55,7 +55,7 @@
   addEventListener("afterprint", () => opened.forEach((part) => { part.open = false; }));
 
   // gallery: a chosen layer lies over each image
-  const items = byId("gallery").querySelector(".items");
+  const items = byId("gallery")?.querySelector(".items");
   if (!items) return;
   const show = (slider, percent) => {
     slider.value = String(percent);

@@ -52,7 +52,7 @@ class GalleryItem:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run directory, read."""
+    """A run directory, read; ``folds`` names those of a cross-validation, whose scores are means and spreads."""
 
     folder: Path
     recipe: Mapping[str, Any]
@@ -67,6 +67,8 @@ class RunRecord:
     gallery: tuple[GalleryItem, ...]
     model: Mapping[str, Any] | None
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    folds: tuple[str, ...] = ()
 
     def expected(self, stage: str) -> bool:
         """Whether the recipe asks for a stage, or its folder is there."""
@@ -109,11 +111,20 @@ def read_run(folder: Path) -> RunRecord:
         gallery=_gallery(_read_json(folder, "gallery/index.json", problems), problems),
         model=model,
         problems=tuple(problems),
+        notes=_texts(scores, "notes", problems),
+        folds=_texts(scores, "runs", problems),
     )
 
 
+def is_spread(value: Any) -> bool:
+    """Whether this is a score over several runs: its mean, standard deviation and values."""
+    return isinstance(value, Mapping) and {"mean", "std", "values"} <= value.keys()
+
+
 def number(value: Any) -> float:
-    """A number as float; NaN for null, text and anything else that is no number."""
+    """A number as float, the mean of a score over several runs; NaN for null, text and anything else."""
+    if is_spread(value):
+        return number(value["mean"])
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     return float(value)
@@ -154,6 +165,14 @@ def _score_rows(scores: Mapping[str, Any] | None, problems: list[str]) -> tuple[
         problems.append("scores.json: 'rows' is not a list of objects")
         return ()
     return tuple(rows)
+
+
+def _texts(scores: Mapping[str, Any] | None, key: str, problems: list[str]) -> tuple[str, ...]:
+    found = (scores or {}).get(key) or []
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        problems.append(f"scores.json: '{key}' is not a list of texts")
+        return ()
+    return tuple(found)
 
 
 def _labels(holder: Mapping[str, Any] | None, name: str, problems: list[str]) -> LabelSpace | None:

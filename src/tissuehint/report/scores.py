@@ -8,7 +8,7 @@ from typing import Any
 
 from tissuehint.labels import LabelSpace
 from tissuehint.report.markup import Markup, join, tag
-from tissuehint.report.record import STAGE_TITLES, RunRecord, number
+from tissuehint.report.record import STAGE_TITLES, RunRecord, is_spread, number
 
 Row = Mapping[str, Any]
 
@@ -111,11 +111,11 @@ def published(record: RunRecord) -> Markup | None:
 def class_tables(record: RunRecord) -> list[Markup]:
     """One table with bars for each measure that is given per class (IoU, boundary IoU and others a run may add)."""
     keys = dict.fromkeys(
-        [*CLASS_MEASURES, *(key for row in record.rows for key, value in row.items() if isinstance(value, dict))]
+        [*CLASS_MEASURES, *(key for row in record.rows for key, value in row.items() if _by_class(value))]
     )
     tables = []
     for key in keys:
-        rows = [row for row in record.rows if isinstance(row.get(key), dict) and row[key]]
+        rows = [row for row in record.rows if _by_class(row.get(key))]
         if rows:
             tables.append(_class_table(key, rows, record.labels))
     return tables
@@ -129,9 +129,12 @@ def notes() -> Markup:
 
 
 def decimal(value: Any) -> str:
-    """Three decimals; ``n/a`` where there is no number."""
+    """Three decimals, ``0.712 ± 0.010`` of a score over several runs; ``n/a`` where there is no number."""
     measured = number(value)
-    return f"{measured:.3f}" if math.isfinite(measured) else "n/a"
+    if not math.isfinite(measured):
+        return "n/a"
+    spread = number(value["std"]) if is_spread(value) else math.nan
+    return f"{measured:.3f} ± {spread:.3f}" if math.isfinite(spread) else f"{measured:.3f}"
 
 
 def protocol_name(row: Row) -> str:
@@ -221,10 +224,17 @@ def _number_cell(value: Any, beside: str | None = None) -> Markup:
     if not math.isfinite(measured):
         return tag("td", "n/a", class_="number none")
     small = tag("small", beside) if beside else None
-    return tag("td", decimal(measured), small, class_="number", data_value=repr(measured), title=f"{measured:.6g}")
+    return tag("td", decimal(value), small, class_="number", data_value=repr(measured), title=f"{measured:.6g}")
+
+
+def _by_class(value: Any) -> bool:
+    """Whether this is a score of each class."""
+    return isinstance(value, dict) and bool(value) and not is_spread(value)
 
 
 def _count_cell(value: Any) -> Markup:
+    if isinstance(value, list):  # one count a fold
+        return tag("td", ", ".join(f"{count}" for count in value), class_="number")
     count = number(value)
     if not math.isfinite(count):
         return tag("td", "n/a", class_="number none")
@@ -237,7 +247,7 @@ def _bar_cell(value: Any, colour: str) -> Markup:
         return tag("td", "n/a", class_="bar none", title="absent from truth and prediction, or not scored")
     length = 100 * min(max(measured, 0.0), 1.0)
     bar = tag("span", tag("span", style=f"width: {length:.1f}%; {colour}"), class_="track", aria_hidden="true")
-    return tag("td", decimal(measured), bar, class_="bar", data_value=repr(measured), title=f"{measured:.6g}")
+    return tag("td", decimal(value), bar, class_="bar", data_value=repr(measured), title=f"{measured:.6g}")
 
 
 def _extra_measures(rows: Sequence[Row]) -> list[str]:

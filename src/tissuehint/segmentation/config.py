@@ -20,7 +20,8 @@ class SegmentationConfig(BaseModel):
         steps: optimiser steps; rounded to whole rounds.
         batch_size: crops a step, over all devices.
         round_steps: steps between two validations and checkpoints.
-        crop: side in pixels of training crops and of inference windows.
+        crop: side in pixels of training crops and of inference windows; None trains on whole images, smaller ones
+            mirrored to the largest of a batch, and predicts them whole.
         stride: step in pixels between inference windows; None takes ``crop`` (no overlap).
         keep: weights that are kept at the end: of the ``last`` round, or of the round with the best mIoU on the
             validation split (``best``), which looks at validation masks, as the published systems do.
@@ -34,12 +35,14 @@ class SegmentationConfig(BaseModel):
     steps: int = Field(default=1000, ge=1)
     batch_size: int = Field(default=8, ge=1)
     round_steps: int = Field(default=100, ge=1)
-    crop: int = Field(default=224, ge=32)
+    crop: int | None = Field(default=224, ge=32)
     stride: int | None = Field(default=None, ge=1)
     keep: Literal["last", "best"] = "last"
 
     @model_validator(mode="after")
     def _no_gaps(self) -> SegmentationConfig:
-        if self.stride is not None and self.stride > self.crop:
+        if self.stride is not None and self.crop is None:
+            raise ValueError(f"stride {self.stride} is between inference windows, but crop is null: there are none")
+        if self.stride is not None and self.crop is not None and self.stride > self.crop:
             raise ValueError(f"stride {self.stride} is larger than crop {self.crop}: pixels between windows are lost")
         return self
