@@ -138,7 +138,8 @@ class TestFinishedRun:
         index = json.loads(files["gallery/index.json"])
         assert len(index["items"]) == 2
         for item in index["items"]:
-            assert set(item["layers"]) == {"image", "truth", "pseudo_mask", "prediction", "tissue_map"}
+            explained = {"class_maps_1", "class_maps_2", "class_maps_3"}
+            assert set(item["layers"]) == {"image", "truth", "pseudo_mask", "prediction", "tissue_map"} | explained
             for name in item["layers"].values():
                 with Image.open(result.path / "gallery" / name) as picture:
                     assert picture.size == (64, 64)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -15,6 +16,7 @@ from tissuehint.files import atomic_path, write_json, write_palette_png
 from tissuehint.labels import LabelSpace
 
 INDEX = "index.json"
+SHOWN_HEATS = 3  # of the maps that a method explains one image with, of each kind
 
 
 def blend(tissue_map: Tensor, labels: LabelSpace) -> NDArray[np.uint8]:
@@ -44,6 +46,7 @@ class Gallery:
         image: NDArray[np.uint8],
         masks: Mapping[str, NDArray[np.uint8] | None],
         maps: Mapping[str, Tensor | None],
+        heats: Mapping[str, Tensor],
         **facts: Any,
     ) -> None:
         """Write the layers of one image.
@@ -54,6 +57,7 @@ class Gallery:
             image: (H,W,3) uint8.
             masks: layer name to (H,W) class indices; None is left out.
             maps: layer name to (K,H,W) probabilities; None is left out.
+            heats: layer name to (n,H,W) values in [0,1], of which the first few become grey layers.
             facts: numbers shown beside the image.
         """
         layers = {"image": f"{name}_image.jpg"}
@@ -68,6 +72,13 @@ class Gallery:
                 layers[layer] = f"{name}_{layer}.png"
                 with atomic_path(self.folder / layers[layer]) as part:
                     Image.fromarray(blend(tissue_map, self.labels)).save(part, format="PNG")
+        for heat, values in heats.items():
+            for number, value in enumerate(values[:SHOWN_HEATS], start=1):
+                layer = f"{heat}_{number}" if len(values) > 1 else heat
+                layers[layer] = f"{name}_{layer}.png"
+                grey = (value.clamp(0, 1) * 255).round().to("cpu", torch.uint8).numpy()
+                with atomic_path(self.folder / layers[layer]) as part:
+                    Image.fromarray(grey).save(part, format="PNG")
         self.items.append({"id": name, "split": split, "layers": layers, **facts})
 
     def finish(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -86,6 +87,19 @@ class StageOneMaps:
 
         return _even(self._slide(record, mapper))
 
+    @torch.no_grad()
+    def explain(self, record: Record) -> dict[str, Tensor]:
+        """Named maps (n,H,W) of how the method reads a record and its hints, each in [0,1].
+
+        None where images are cut into windows, since maps of windows are not parts of one map.
+        """
+        if self.grid is not None:
+            return {}
+        image = to_tensor(self.data.read(record))[None]
+        found = self.method.explain(self._hints(record).batch(image, [(0, 0)]).to(self.device))
+        maps = {name: values[0].float().cpu() for name, values in found.items() if min(values.shape[-2:]) > 1}
+        return {name: _picture(values, (image.shape[-2], image.shape[-1])) for name, values in maps.items()}
+
     def _slide(self, record: Record, mapper: Callable[[Tensor, list[tuple[int, int]]], Tensor]) -> Tensor:
         image = to_tensor(self.data.read(record))
         return sliding_map(mapper, image, self.grid, batch_size=self.batch_size)
@@ -130,6 +144,12 @@ class _WindowHints:
             moved[:, :2] = ((moved[:, :2] + 0.5) * scale).floor().long()
             parts.append(moved)
         return parts
+
+
+def _picture(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(n,h,w) at another size, the part above 0 divided by its largest value where that is above 1."""
+    enlarged = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0].clamp_min(0)
+    return enlarged / enlarged.amax().clamp_min(1)
 
 
 def _even(tissue_map: Tensor) -> Tensor:

@@ -146,17 +146,18 @@ class Results:
         split, count = self.recipe.evaluation.splits[0], self.recipe.evaluation.gallery
         for record in _spread(self.data.records(split), count):
             tissue_map = None if maps is None else maps.predicted(record)
-            deployed = models.get("stage2") or models.get("ceiling")
+            deployed = models.get("stage2") or (models.get("ceiling") if maps is None else None)
             final = tissue_map if deployed is None else self._of(deployed)(record)
             assert final is not None
             mask = None if record.mask is None else record.read_mask(self.labels)
             prediction = decide(final[None], self.labels.num_tissue, "five_class")[0].cpu().numpy()
-            guided = None
+            guided, heats = None, {}
             if maps is not None and mask is not None and self.recipe.evaluation.oracle:
                 guided = pseudo_mask(maps.guided(record), self.recipe.pseudo_masks.min_confidence, self.labels.ignore)
+                heats = maps.explain(record)
             facts = {} if mask is None else {"miou": self._image_miou(final, mask)}
             layers = {"truth": mask, "pseudo_mask": guided, "prediction": prediction}
-            gallery.add(record.id, split, self.data.read(record), layers, {"tissue_map": tissue_map}, **facts)
+            gallery.add(record.id, split, self.data.read(record), layers, {"tissue_map": tissue_map}, heats, **facts)
         gallery.finish()
 
     def _image_miou(self, tissue_map: Tensor, mask: NDArray[np.uint8]) -> float:

@@ -46,12 +46,12 @@ def target_classes(config: CVMConfig, labels: LabelSpace) -> list[int]:
     """Classes that are segmented against the rest.
 
     Raises:
-        InputError: a target that is no tissue class, or one among more than two classes.
+        InputError: a target that is no tissue class, or one where all classes are targets.
     """
     tissue = labels.tissue
     if config.target is not None and config.target not in tissue:
         raise InputError(f"target '{config.target}'", "is no tissue class", f"use one of {', '.join(tissue)}")
-    if len(tissue) > 2:
+    if len(tissue) > 2 or config.sides == "both":
         if config.target is not None:
             rule = f"is one of {len(tissue)} tissue classes, which are each segmented against the rest"
             raise InputError(f"target '{config.target}'", rule, "leave target out")

@@ -25,6 +25,8 @@ class CVMConfig(WhiteConfig):
             stride 16 for 4096-px crops).
         target: with two tissue classes, the name of the in-target one; None takes the last. More than two classes are
             each segmented against the rest, and ``target`` stays None.
+        sides: with two tissue classes, segment the ``target`` alone (the paper), or ``both`` classes, each against the
+            other, as more than two are: a pixel that is like neither is then uncertain instead of out of the target.
         complement: what supervises the pixels without point. ``variational`` is the paper's method; the other names are
             the rows of its Table 1: ``none`` (partial cross-entropy alone), ``contrast_map``, ``direct_variational``
             (the network's own output instead of a contrast map), ``similarity`` (Peng et al.), ``crf``,
@@ -47,6 +49,7 @@ class CVMConfig(WhiteConfig):
     name: Literal["cvm"] = "cvm"
     network: NetworkConfig = NetworkConfig()
     target: str | None = None
+    sides: Literal["target", "both"] = "target"
     complement: Stored | Stepwise | Literal["none"] = "variational"
     consistency: Literal["weighted_kl", "cross_entropy"] = "weighted_kl"
     complement_weight: float = Field(default=1.0, ge=0)

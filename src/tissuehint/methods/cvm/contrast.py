@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tissuehint.errors import InputError
@@ -11,6 +10,8 @@ from tissuehint.errors import InputError
 ETA = 0.6  # paper, Fig. 3b: the best of four values
 # a map whose values span less than this says nothing about where the target is
 FLAT = 1e-6
+# feature vectors are divided by at least this length
+SHORT = 1e-8
 # values of one block of point pairs, so that many points on a large map do not fill the memory
 BLOCK = 2**25
 
@@ -25,7 +26,7 @@ def correlation_maps(features: Tensor, points: Tensor) -> Tensor:
         points: (P,2) int rows of (row, column) at feature resolution.
 
     Returns:
-        (P,H,W) in [-1,1]; 0 where a feature vector is zero.
+        (P,H,W) in [-1,1], at least float32; 0 where a feature vector is zero.
 
     Source: Zhang et al., CVPR 2023 (CVM), Eq. 4.
 
@@ -34,9 +35,12 @@ def correlation_maps(features: Tensor, points: Tensor) -> Tensor:
     """
     _check_features(features)
     _check_points(features, points, "points")
+    if features.dtype in (torch.float16, torch.bfloat16):
+        features = features.float()  # 1e-8 is 0 in half precision
     unit = F.normalize(features.flatten(1), dim=0, eps=1e-8)
     width = features.shape[2]
-    vectors = unit[:, points[:, 0] * width + points[:, 1]]
+    rows, columns = points.long().unbind(1)  # int16 and uint8 would overflow
+    vectors = unit[:, rows * width + columns]
     return (vectors.T @ unit).clamp(-1, 1).view(len(points), *features.shape[1:])
 
 
@@ -75,7 +79,10 @@ def contrast_maps(features: Tensor, targets: Tensor, others: Tensor, eta: float 
     for name, points in (("in-target", targets), ("out-of-target", others)):
         if not len(points):
             raise InputError(f"{name} points", "are missing", "give at least one point on each side")
-    positive, negative = correlation_maps(features, targets), correlation_maps(features, others)
+    _check_points(features, targets, "in-target points")
+    _check_points(features, others, "out-of-target points")
+    maps = correlation_maps(features, torch.cat([targets, others]))
+    positive, negative = maps[: len(targets)], maps[len(targets) :]
     same = (targets[:, None] == others[None]).all(2)
     if bool(same.any()):
         row, column = targets[same.any(1)][0].tolist()
@@ -91,22 +98,24 @@ def unit_range(maps: Tensor, smallest_range: float = FLAT) -> Tensor:
         maps: (...,H,W).
         smallest_range: a map whose values span less becomes 0, where the plain formula would divide by almost nothing.
     """
-    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    if not maps.numel():
+        return maps
+    flat = maps.flatten(-2)  # reductions over one axis are several times faster
+    low, high = flat.amin(-1)[..., None, None], flat.amax(-1)[..., None, None]
     span = high - low
-    return torch.where(span < smallest_range, 0.0, (maps - low) / span.clamp_min(smallest_range))
+    scale = torch.where(span < smallest_range, 0.0, 1 / span.clamp_min(smallest_range))
+    return (maps - low) * scale
 
 
 def _mean_contrast(positive: Tensor, negative: Tensor, eta: float) -> Tensor:
-    difference = F.relu(positive[:, None] - eta * negative[None])
-    return unit_range(difference.square()).mean(1)
+    difference = (positive[:, None] - eta * negative[None]).clamp_min_(0)
+    return unit_range(difference.square_()).mean(1)
 
 
 def _check_features(features: Tensor) -> None:
     if features.ndim != 3 or not features.is_floating_point():
         rule = f"have shape {tuple(features.shape)} and type {features.dtype}, not (C,H,W) and float"
         raise InputError("features", rule, "give one feature map at a time")
-    if not bool(features.isfinite().all()):
-        raise InputError("features", "have a value that is NaN or infinite", "check the weights of the encoder")
 
 
 def _check_points(features: Tensor, points: Tensor, name: str) -> None:

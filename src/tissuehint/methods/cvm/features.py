@@ -37,9 +37,10 @@ def stain_features(
 
     .. math:: m_\sigma = G_\sigma * d, \qquad s_\sigma = \sqrt{G_\sigma * d^2 - m_\sigma^2}
 
-    say colour and texture. Densities are all positive, so that their cosines would all be near 1, and neighbouring
-    scales say nearly the same: the channels are standardised over the image, and their leading principal components
-    are given unit variance each.
+    say colour and texture. Densities are all positive, so that their cosines would all be near 1: the channels are
+    standardised over the image. Neighbouring scales say nearly the same, which outweighs what only one of them says:
+    of their leading principal components, each is divided by the root of its standard deviation. (Unit variance is a
+    little better on crowded tissue, but in a plain image it makes noise as loud as the stains.)
 
     Args:
         image: (H,W,3) uint8, red green blue.
@@ -47,7 +48,8 @@ def stain_features(
         components: how many principal components to keep, at most 6 for each scale.
 
     Returns:
-        (components,H,W) float32, mean 0 and standard deviation 1 over the image; 0 where there is no such component.
+        (components,H,W) float32, the strongest last, with mean 0 and standard deviation 1; the others have the root of
+        their ratio to it, and are 0 where the image has no such component.
 
     Raises:
         InputError: no scale, or one that is not positive.
@@ -65,7 +67,9 @@ def stain_features(
         square = gaussian_filter(np.square(densities), window, truncate=3)
         channels += [mean, np.sqrt(np.maximum(square - np.square(mean), 0))]
     leading, deviations = principal_components(standardised(torch.from_numpy(np.concatenate(channels))), components)
-    return leading / deviations.clamp_min(FLAT)[:, None, None]
+    strongest = deviations.amax().clamp_min(FLAT)
+    roots = (deviations * strongest).sqrt()
+    return leading / torch.where(roots > 0, roots, 1.0)[:, None, None]
 
 
 def encoder_features(

@@ -1,4 +1,4 @@
-"""What CVM trains with: partial cross-entropy on points and uncertainty-weighted divergence from u (paper, Eq. 2, 3)."""
+"""What CVM trains with: partial cross-entropy on points, uncertainty-weighted divergence from u (paper, Eq. 2, 3)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def partial_cross_entropy(log_probabilities: Tensor, points: Sequence[Tensor], r
     Args:
         log_probabilities: (B,C,h,w).
         points: B tensors (P_b,3) of (row, column, class) in pixels of this grid.
-        radius: each point labels the square of side 2 radius + 1 around it, cut at the border.
+        radius: each point labels the square of side 2 radius + 1 around it, cut at the border; a point whose square
+            lies outside labels nothing.
 
     Returns:
         Scalar; 0 with zero gradient where no image has a point.
@@ -62,6 +63,8 @@ def partial_cross_entropy(log_probabilities: Tensor, points: Sequence[Tensor], r
         classes = rows[:, 2].repeat_interleave(len(square))
         inside = (places >= 0).all(1) & (places[:, 0] < height) & (places[:, 1] < width)
         places, classes = places[inside], classes[inside]
+        if not len(places):
+            continue
         total = total - image[classes, places[:, 0], places[:, 1]].mean()
         images += 1
     return total / max(images, 1)

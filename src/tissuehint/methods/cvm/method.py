@@ -61,7 +61,7 @@ class CVM(WeakMethod):
     def fit(self, run: Training, data: TissueData) -> None:
         """One fit; the items carry the u that is stored for them."""
         items = data.hints("train", self.supervision)
-        validation = data.hints("val", self.supervision) if data.records("val") else None
+        validation = self._validation(data)
         guided = self.config.complement in STORED
         self.store = Store(run.folder / "complement") if guided else None
         self.items, self.item_batch = items, run.batch_size
@@ -102,7 +102,8 @@ class CVM(WeakMethod):
         dense = self.network.dense(batch.images)
         points = self._points(batch, _size(dense.logits))
         value = partial_cross_entropy(dense.logits.float().log_softmax(1), points, self.config.point_radius)
-        self.log(VALIDATION, value, prog_bar=True, on_epoch=True, batch_size=len(batch), sync_dist=True)
+        pointed = sum(len(rows) > 0 for rows in points)  # images without point don't count as 0
+        self.log(VALIDATION, value, prog_bar=True, on_epoch=True, batch_size=pointed, sync_dist=True)
 
     def on_train_epoch_end(self) -> None:
         """Make u anew for all items where the validation partial cross-entropy is the lowest so far (Section 4.3.2).
@@ -111,7 +112,7 @@ class CVM(WeakMethod):
         """
         value = self.trainer.callback_metrics.get(VALIDATION)
         if value is not None:
-            if float(value) >= self.lowest:
+            if not float(value) < self.lowest:  # NaN is no minimum
                 return
             self.lowest = float(value)
         if self.store is None:
@@ -196,6 +197,14 @@ class CVM(WeakMethod):
         }
 
     # ---- small parts ----------------------------------------------------------------------------------------------
+
+    def _validation(self, data: TissueData) -> HintSet | None:
+        """Validation items; None where no image of them has a point of a tissue class, which could decide nothing."""
+        if not data.records("val"):
+            return None
+        items = data.hints("val", self.supervision)
+        classes = [record.points.rows[:, 2] for record in items.records if record.points is not None]
+        return items if any((each < self.labels.num_tissue).any() for each in classes) else None
 
     def _points(self, batch: Batch, grid: tuple[int, int]) -> list[Tensor]:
         """Points of tissue classes in cells of the working grid; white is found by its rule, not learnt."""
