@@ -37,11 +37,15 @@ def correlation_maps(features: Tensor, points: Tensor) -> Tensor:
     _check_points(features, points, "points")
     if features.dtype in (torch.float16, torch.bfloat16):
         features = features.float()  # 1e-8 is 0 in half precision
-    unit = F.normalize(features.flatten(1), dim=0, eps=1e-8)
-    width = features.shape[2]
+    flat = features.flatten(1)
+    norms = torch.linalg.vector_norm(flat, dim=0)
+    if not bool(norms.isfinite().all()):  # cheaper than asking each value
+        raise InputError("features", "have a value that is NaN or infinite", "check the weights of the encoder")
     rows, columns = points.long().unbind(1)  # int16 and uint8 would overflow
-    vectors = unit[:, rows * width + columns]
-    return (vectors.T @ unit).clamp(-1, 1).view(len(points), *features.shape[1:])
+    places = rows * features.shape[2] + columns
+    products = flat[:, places].T @ flat
+    cosines = products / norms[places, None].clamp_min(SHORT) / norms.clamp_min(SHORT)
+    return cosines.clamp(-1, 1).view(len(points), *features.shape[1:])
 
 
 def contrast_maps(features: Tensor, targets: Tensor, others: Tensor, eta: float = ETA) -> Tensor:
