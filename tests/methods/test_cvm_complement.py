@@ -23,7 +23,7 @@ def random_maps(*shape: int, seed: int = 0) -> Tensor:
 
 
 def solutions(u: Tensor, image: list[int], target: list[int]) -> Solutions:
-    return Solutions(u, u, torch.tensor(image), torch.tensor(target))
+    return Solutions(u, u, torch.tensor(image, dtype=torch.int64), torch.tensor(target, dtype=torch.int64))
 
 
 def stretched(maps: list[Tensor]) -> np.ndarray:
@@ -80,6 +80,7 @@ def two_sided() -> tuple[Tensor, Tensor, list[Tensor]]:
     features[:, 0, 3:9, 4:10] += 3
     features[:, 1] += 1
     logits = torch.randn(4, 2, 12, 14, generator=torch.Generator().manual_seed(1))
+    logits[:, 1, 2:9, 5:11] += 4
     both = torch.tensor([[5, 6, 1], [7, 8, 1], [0, 0, 0], [11, 13, 0]])
     return features, logits, [both, both[:2], both[2:], both[:0]]
 

@@ -368,6 +368,7 @@ def _quiet() -> Iterator[None]:
             ".*GPU available but not used.*",
             ".*LeafSpec.*",
             ".*lr_scheduler.step.*",
+            ".*module\\(s\\) in eval mode.*",
         ):
             warnings.filterwarnings("ignore", text)
         try:
