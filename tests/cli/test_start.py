@@ -9,8 +9,21 @@ import pytest
 
 import tissuehint
 
-HEAVY = ("torch", "lightning", "pydantic", "numpy", "rich", "PIL", "yaml", "scipy", "matplotlib", "timm")
-VERBS = ("demo", "run", "compare", "data", "methods", "predict", "evaluate", "report", "doctor")
+HEAVY = (
+    "torch",
+    "lightning",
+    "pydantic",
+    "numpy",
+    "rich",
+    "PIL",
+    "yaml",
+    "scipy",
+    "matplotlib",
+    "timm",
+    "skimage",
+    "numba",
+)
+VERBS = ("demo", "run", "compare", "data", "methods", "predict", "segment", "evaluate", "report", "doctor")
 
 
 def test_help_imports_nothing_heavy_and_lists_every_verb():

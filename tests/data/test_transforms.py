@@ -38,7 +38,8 @@ def check_exact(moved: Sample, original: Sample) -> None:
 
 
 def equal(one: Sample, other: Sample) -> bool:
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("image", "mask", "points", "tags", "guide"))
+    names = ("image", "mask", "points", "tags", "guide")
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
 
 
 def seeded(seed: int) -> torch.Generator:

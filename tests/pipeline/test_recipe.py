@@ -83,7 +83,7 @@ def test_missing_keys_are_named():
 
 
 def test_an_unknown_method_names_the_known_ones():
-    with pytest.raises(InputError, match="'cma': is unknown; use one of .*cam"):
+    with pytest.raises(InputError, match=r"'cma': is unknown; use one of .*cam"):
         load_recipe(MINIMAL, {"method.name": "cma"})
 
 

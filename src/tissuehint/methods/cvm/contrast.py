@@ -44,7 +44,7 @@ def correlation_maps(features: Tensor, points: Tensor) -> Tensor:
     rows, columns = points.long().unbind(1)  # int16 and uint8 would overflow
     places = rows * features.shape[2] + columns
     products = flat[:, places].T @ flat
-    cosines = products / norms[places, None].clamp_min(SHORT) / norms.clamp_min(SHORT)
+    cosines: Tensor = products / norms[places, None].clamp_min(SHORT) / norms.clamp_min(SHORT)
     return cosines.clamp(-1, 1).view(len(points), *features.shape[1:])
 
 
