@@ -82,12 +82,12 @@ def rotate(sample: Sample, quarter_turns: int) -> Sample:
 
 
 def zoom(sample: Sample, top: int, left: int, height: int, width: int, size: tuple[int, int] | None = None) -> Sample:
-    """Cut a window and resize it, image and guide bilinearly (antialiased when shrinking), the mask to the nearest pixel.
+    """Cut a window and resize it: image and guide bilinear (antialiased when shrinking), nearest mask, points moved.
 
     Args:
         sample: what to cut from.
         top, left, height, width: the window in pixels.
-        size: (height, width) of the result; None takes the size of the sample. Points move to their new pixel, those
+        size: (height, width) of the result; None takes the size of the sample. Points move to their new pixel; those
             outside the window are dropped.
     """
     size = (sample.image.shape[1], sample.image.shape[2]) if size is None else size
