@@ -294,6 +294,11 @@ def _checked(values: dict[str, Any]) -> Recipe:
             values["method"] = config(**method)
         except ValidationError as error:
             raise _as_input_error(error, config, ("method",)) from None
+    if isinstance(values.get("ceiling"), dict):  # checked by itself, so that a wrong key is named without its union
+        try:
+            values["ceiling"] = SegmentationConfig(**values["ceiling"])
+        except ValidationError as error:
+            raise _as_input_error(error, SegmentationConfig, ("ceiling",)) from None
     try:
         return Recipe(**values)
     except ValidationError as error:

@@ -192,10 +192,10 @@ def weak_full_ratio(rows: list[dict[str, Any]]) -> dict[str, float | str] | None
     What is kept is stage 2, or the method itself (without labels) where it is the only stage.
     """
 
-    def first(stage: str, gate: str) -> dict[str, Any] | None:
-        return next((row for row in rows if (row["stage"], row["gate"]) == (stage, gate)), None)
+    def first(stage: str, gate: str | None = None) -> dict[str, Any] | None:
+        return next((row for row in rows if row["stage"] == stage and gate in (None, row.get("gate"))), None)
 
-    weak, full = first("stage2", "none") or first("stage1", "predicted"), first("ceiling", "none")
+    weak, full = first("stage2") or first("stage1", "predicted"), first("ceiling")
     if weak is None or full is None:
         return None
     ratios = {key: weak[key] / full[key] if full[key] else float("nan") for key in RATIO_KEYS}

@@ -369,6 +369,7 @@ def _quiet() -> Iterator[None]:
             ".*LeafSpec.*",
             ".*lr_scheduler.step.*",
             ".*module\\(s\\) in eval mode.*",
+            ".*Total length of .* across ranks is zero.*",
         ):
             warnings.filterwarnings("ignore", text)
         try:

@@ -83,6 +83,7 @@ def contrast_maps(features: Tensor, targets: Tensor, others: Tensor, eta: float 
     for name, points in (("in-target", targets), ("out-of-target", others)):
         if not len(points):
             raise InputError(f"{name} points", "are missing", "give at least one point on each side")
+    _check_features(features)
     _check_points(features, targets, "in-target points")
     _check_points(features, others, "out-of-target points")
     maps = correlation_maps(features, torch.cat([targets, others]))
