@@ -11,9 +11,18 @@ from tissuehint.methods.cvm.contrast import ETA
 from tissuehint.nn.config import NetworkConfig
 from tissuehint.nn.optimization import Optimization
 
-# what is made once a round for every training item and stored, and what is a term of each step
-Stored = Literal["variational", "contrast_map", "direct_variational", "similarity"]
-Stepwise = Literal["crf", "mean_teacher", "dual_branch", "mixmatch"]
+Complement = Literal[
+    "variational",
+    "contrast_map",
+    "direct_variational",
+    "similarity",
+    "crf",
+    "mean_teacher",
+    "dual_branch",
+    "mixmatch",
+    "none",
+]
+# what is made once a round for every training item and stored; the others are terms of each step
 STORED: tuple[str, ...] = ("variational", "contrast_map", "direct_variational", "similarity")
 
 
@@ -50,7 +59,7 @@ class CVMConfig(WhiteConfig):
     network: NetworkConfig = NetworkConfig()
     target: str | None = None
     sides: Literal["target", "both"] = "target"
-    complement: Stored | Stepwise | Literal["none"] = "variational"
+    complement: Complement = "variational"
     consistency: Literal["weighted_kl", "cross_entropy"] = "weighted_kl"
     complement_weight: float = Field(default=1.0, ge=0)
     eta: float = Field(default=ETA, ge=0, le=1)
