@@ -108,8 +108,7 @@ def unit_range(maps: Tensor, smallest_range: float = FLAT) -> Tensor:
     flat = maps.flatten(-2)  # reductions over one axis are several times faster
     low, high = flat.amin(-1)[..., None, None], flat.amax(-1)[..., None, None]
     span = high - low
-    scale = torch.where(span < smallest_range, 0.0, 1 / span.clamp_min(smallest_range))
-    return (maps - low) * scale
+    return (maps - low) / span.clamp_min(smallest_range) * (span >= smallest_range)
 
 
 def _mean_contrast(positive: Tensor, negative: Tensor, eta: float) -> Tensor:
