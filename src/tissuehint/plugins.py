@@ -10,7 +10,11 @@ from typing import Any
 from tissuehint.errors import InputError
 
 ENTRY_POINT_GROUP = "tissuehint.methods"
-METHODS = {"cam": "tissuehint.methods.cam:CAM", "cvm": "tissuehint.methods.cvm:CVM"}
+METHODS = {
+    "cam": "tissuehint.methods.cam:CAM",
+    "gland": "tissuehint.methods.gland:Gland",
+    "cvm": "tissuehint.methods.cvm:CVM",
+}
 
 
 def method_names() -> list[str]:

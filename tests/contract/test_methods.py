@@ -23,6 +23,17 @@ TINY = {
             "test_time": {"flip": True, "scales": [0.75, 1.0], "intensities": [1.0, 1.1]},
         },
     ],
+    "gland": [
+        {"encoder": ENCODER, "optimization": FAST},
+        {
+            "encoder": {"name": "hf:mit_b0", "output_stride": 16},
+            "levels": 2,
+            "attention": "criss_cross_twice",
+            "attention_levels": [-2],
+            "pyramid_scales": [2, 4],
+            "optimization": FAST,
+        },
+    ],
     "cvm": [
         {"network": UNET, "optimization": FAST},
         *({"network": UNET, "complement": name, "optimization": FAST} for name in COMPARED),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import lightning as L
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from tissuehint.data.module import Supervision, TissueData
 from tissuehint.data.samples import Batch
 from tissuehint.labels import LabelSpace
+from tissuehint.nn.class_maps import ClassMaps as ClassMaps
 from tissuehint.ops.white import white_masks
 
 # probability that the tissue classes share at a white pixel; with 0 the first class would win every such pixel wherever
@@ -147,19 +148,6 @@ class TestTimeAugmentation(BaseModel):
         if not value or min(value) <= 0:
             raise ValueError(f"{list(value)} needs at least one factor, each above 0")
         return value
-
-
-class ClassMaps(NamedTuple):
-    """What a tag method sees in images.
-
-    Args:
-        maps: (B,C,h,w) class scores, the part above 0 speaks for the class; h x w cells that together cover the image,
-            no more and no less (``methods.cam.model`` says how, where cells reach over the border).
-        logits: (B,C); sigmoid gives the predicted presence.
-    """
-
-    maps: Tensor
-    logits: Tensor
 
 
 class WhiteConfig(MethodConfig):

@@ -15,7 +15,9 @@ class SegmentationConfig(BaseModel):
 
     Args:
         network: architecture and encoder.
-        loss: how a pixel counts.
+        loss: how a pixel counts: all alike (``cross_entropy``), by how easy and how sure it is (``purified``, Feng et
+            al. 2025), or by how easy it is (``reweighted``, OEEM). ``ceiling: true`` takes cross-entropy in its place:
+            true masks need no purifying.
         optimization: optimiser, learning rates, schedule.
         steps: optimiser steps; rounded to whole rounds.
         batch_size: crops a step, over all devices.
@@ -30,7 +32,7 @@ class SegmentationConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     network: NetworkConfig = NetworkConfig()
-    loss: Literal["cross_entropy"] = "cross_entropy"
+    loss: Literal["cross_entropy", "purified", "reweighted"] = "cross_entropy"
     optimization: Optimization = Optimization()
     steps: int = Field(default=1000, ge=1)
     batch_size: int = Field(default=8, ge=1)

@@ -1,0 +1,143 @@
+"""Attention behind chosen stages of an encoder, so that all later stages see what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tissuehint.errors import InputError
+from tissuehint.nn.attention import ConsistencyCorrelationAttention, CrissCrossAttention
+from tissuehint.nn.encoders import Encoder
+
+AttentionName = Literal["none", "criss_cross", "criss_cross_twice", "consistency_correlation"]
+
+# Table 3 of Feng et al. 2025 compares these three
+ATTENTIONS: dict[str, Callable[[int, int], nn.Module]] = {
+    "criss_cross": CrissCrossAttention,
+    "criss_cross_twice": lambda channels, reduction: nn.Sequential(
+        CrissCrossAttention(channels, reduction), CrissCrossAttention(channels, reduction)
+    ),
+    "consistency_correlation": ConsistencyCorrelationAttention,
+}
+PROBE_SIDE = 64
+# how a stage lays out what the pyramid gives as (B,C,h,w): the same, channels last, or tokens (B,n,C)
+Layout = Literal["maps", "channels_last", "tokens"]
+
+
+class StageAttention(nn.ModuleList):
+    """One attention for each chosen level of an encoder, hooked in behind the stage that makes the level.
+
+    The weights are here, not in the encoder: they are new parts, trained at the rate of those.
+
+    Args:
+        encoder: receives the hooks; from then on its maps are those after attention.
+        name: which attention.
+        levels: of the encoder's pyramid, counted as in a Python list: -1 is the coarsest.
+        reduction: queries and keys have channels / reduction channels.
+
+    Raises:
+        InputError: a level that the encoder does not have or that is given twice, or whose map no single stage of the
+            backbone makes.
+    """
+
+    def __init__(self, encoder: Encoder, name: str, levels: Sequence[int], reduction: int) -> None:
+        chosen = _indices(encoder, levels)
+        super().__init__(ATTENTIONS[name](encoder.channels[index], reduction) for index in chosen)
+        stages = _find_stages(encoder)
+        for index, attention in zip(chosen, self, strict=True):
+            if stages[index] is None:
+                rule = f"has no single stage that makes level {index - len(encoder.channels)} of its pyramid"
+                fix = "choose other levels, attention: none, or another encoder"
+                raise InputError(f"encoder '{encoder.config.name}'", rule, fix)
+            stage, layout = stages[index]  # type: ignore[misc]
+            place = _Place(encoder, attention, layout, encoder.strides[index])
+            stage.register_forward_hook(place.after_stage)
+
+
+class _Place:
+    """Where an attention stands. Hooks are its bound methods, so that a deep copy of the network is whole."""
+
+    def __init__(self, encoder: Encoder, attention: nn.Module, layout: Layout, stride: int) -> None:
+        self.attention, self.layout, self.stride = attention, layout, stride
+        self.size = (0, 0)
+        if layout == "tokens":
+            encoder.backbone.register_forward_pre_hook(self.before_backbone)
+
+    def before_backbone(self, backbone: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Tokens do not say how many rows they have; the image does."""
+        height, width = inputs[0].shape[-2:]
+        self.size = height // self.stride, width // self.stride
+
+    def after_stage(self, stage: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        """The output of the stage, attended."""
+        if self.layout == "maps":
+            attended: Tensor = self.attention(output)
+            return attended
+        if self.layout == "channels_last":
+            turned: Tensor = self.attention(output.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            return turned.contiguous()
+        height, width = self.size
+        first = output.shape[1] - height * width  # class and register tokens
+        maps = output[:, first:].transpose(1, 2).reshape(len(output), -1, height, width)
+        return torch.cat([output[:, :first], self.attention(maps).flatten(2).transpose(1, 2)], 1)
+
+
+def _indices(encoder: Encoder, levels: Sequence[int]) -> list[int]:
+    count = len(encoder.channels)
+    for level in levels:
+        if not -count <= level < count:
+            rule = f"is not a level of encoder '{encoder.config.name}', which has {count}"
+            raise InputError(f"attention level {level}", rule, f"give numbers from -{count} (finest) to -1 (coarsest)")
+    chosen = sorted({level % count for level in levels})
+    if len(chosen) < len(levels):
+        raise InputError(f"attention levels {list(levels)}", "name a level twice", "name each level once")
+    return chosen
+
+
+@torch.no_grad()
+def _find_stages(encoder: Encoder) -> list[tuple[nn.Module, Layout] | None]:
+    """For each level the outermost module of the backbone whose output is its map, found by looking at one image."""
+    outputs: list[tuple[nn.Module, Tensor]] = []
+
+    def record(module: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            outputs.append((module, output.clone()))  # layers behind it may work in place
+
+    handles = [module.register_forward_hook(record) for module in encoder.backbone.modules()]
+    generator = torch.Generator().manual_seed(0)  # the draw of the weights goes on as if nothing had been asked
+    try:
+        with _evaluating(encoder):
+            maps = encoder(torch.rand(1, 3, PROBE_SIDE, PROBE_SIDE, generator=generator))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [_stage_of(level, outputs) for level in maps]
+
+
+def _stage_of(level: Tensor, outputs: list[tuple[nn.Module, Tensor]]) -> tuple[nn.Module, Layout] | None:
+    tokens = level.flatten(2).transpose(1, 2)
+    for module, output in reversed(outputs):  # an outer module ends after its parts
+        if output.shape == level.shape and torch.equal(output, level):
+            return module, "maps"
+        if output.ndim == 4 and torch.equal(output.permute(0, 3, 1, 2), level):
+            return module, "channels_last"
+        # class and register tokens stand before those of the image
+        if output.ndim == 3 and torch.equal(output[:, -tokens.shape[1] :], tokens):
+            return module, "tokens"
+    return None
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards each part is in the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
