@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 from torch.utils.data import DataLoader
 
-from tissuehint.data.module import DataConfig, TissueData, WeakConfig, load_dataset
+from tissuehint.data.module import DataConfig, TissueData, WeakConfig, draw_fraction, load_dataset
 from tissuehint.data.patches import PatchGrid
 from tissuehint.data.records import Record, TissueDataset
 from tissuehint.data.samples import collate
@@ -88,6 +90,79 @@ class TestRecords:
         assert data.records("train") == dataset.splits["train"][:3]
         assert len(data.hints("train", "tags")) == len(data.true_masks(16)) == 3
         assert data.records("extra") == ()
+
+
+class TestFraction:
+    """``train_fraction``: a share of the training images, drawn at random."""
+
+    @staticmethod
+    def blank(count: int) -> list[Record]:
+        pixels = np.zeros((1, 1, 3), np.uint8)
+        return [Record(f"image_{index}", pixels, group=f"patient_{index // 4}") for index in range(count)]
+
+    @given(
+        count=st.integers(1, 90),
+        seed=st.integers(0, 2**31),
+        shares=st.lists(st.floats(1e-6, 1), min_size=2, max_size=4),
+    )
+    def test_a_smaller_share_is_part_of_a_larger_one_in_the_order_of_the_records(self, count, seed, shares):
+        records = self.blank(count)
+        before: list[str] = []
+        for share in sorted(shares):
+            names = [record.id for record in draw_fraction(records, share, seed)]
+            assert set(before) <= set(names)
+            assert names == [record.id for record in records if record.id in set(names)]
+            assert len(names) >= 1
+            assert abs(len(names) - max(1, share * count)) <= 0.5 + 1e-9
+            before = names
+
+    @given(order=st.permutations(range(12)), seed=st.integers(0, 99))
+    def test_the_order_of_the_records_does_not_choose(self, order, seed):
+        records = self.blank(12)
+        turned = draw_fraction([records[place] for place in order], 0.4, seed)
+        assert {record.id for record in turned} == {record.id for record in draw_fraction(records, 0.4, seed)}
+
+    @pytest.mark.parametrize(
+        ("share", "count", "drawn"),
+        [(0.01, 70, 1), (0.05, 70, 4), (0.145, 100, 15), (0.5, 3, 2), (1e-9, 9, 1), (1.0, 9, 9), (0.5, 0, 0)],
+    )
+    def test_halves_are_rounded_up_and_one_is_left(self, share, count, drawn):
+        assert len(draw_fraction(self.blank(count), share, 0)) == drawn
+
+    def test_every_image_has_the_same_chance(self):
+        records = self.blank(10)
+        hits = sum(np.isin([record.id for record in records], [each.id for each in draw_fraction(records, 0.3, seed)])
+                   for seed in range(600))  # fmt: skip
+        # 180 each, with a standard deviation of sqrt(600 * .3 * .7) = 11
+        assert np.abs(hits - 180).max() < 50
+
+    def test_all_stages_and_the_ceiling_see_the_same_images_and_other_splits_are_whole(self, dataset):
+        data = TissueData(dataset, CONFIG.model_copy(update={"train_fraction": 0.5}))
+        assert [len(data.records(split)) for split in ("train", "val", "test")] == [2, 2, 2]
+        drawn = [record.id for record in data.records("train")]
+        hints, masks = data.hints("train", "tags"), data.true_masks(None)
+        assert [hints.sample(index).id for index in range(len(hints))] == drawn
+        assert [masks.sample(index, torch.Generator()).id for index in range(len(masks))] == drawn
+        assert {name for name in data.read.kept if name.startswith("train")} == set(drawn)
+
+    def test_the_seed_is_its_own_or_that_of_the_hints(self, dataset):
+        def drawn(**values):
+            config = CONFIG.model_copy(update={"train_fraction": 0.5, **values})
+            return [record.id for record in TissueData(dataset, config).records("train")]
+
+        hints = {seed: drawn(weak=WeakConfig(seed=seed)) for seed in range(12)}
+        own = {seed: drawn(train_fraction_seed=seed, weak=WeakConfig(seed=3)) for seed in range(12)}
+        assert hints == own
+        assert len({tuple(names) for names in own.values()}) > 1
+
+    @pytest.mark.parametrize("share", [0, -0.1, 1.01, float("nan"), "some"])
+    def test_what_is_no_share(self, share):
+        with pytest.raises(ValidationError, match="train_fraction"):
+            DataConfig(source="phantom", train_fraction=share)
+
+    def test_a_limit_and_a_share_exclude_each_other(self):
+        with pytest.raises(ValidationError, match="train_limit and train_fraction both"):
+            DataConfig(source="phantom", train_fraction=0.5, train_limit=3)
 
 
 class TestSimulatedHints:

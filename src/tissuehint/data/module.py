@@ -6,13 +6,14 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Literal
 
 import lightning as L
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch.utils.data import DataLoader
 
 from tissuehint.data.patches import PatchGrid
@@ -64,7 +65,7 @@ class WeakConfig(BaseModel):
     erosion: int = Field(default=3, ge=0)
     round_to: float | None = Field(default=None, gt=0, le=0.5)
     noise: float | None = Field(default=None, gt=0)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 class DataConfig(BaseModel):
@@ -80,6 +81,10 @@ class DataConfig(BaseModel):
         weak: simulation of hints from masks.
         augmentation: of training samples.
         train_limit: use only the first so many training images.
+        train_fraction: use only this share of the training images, drawn at random; at least one image, halves rounded
+            up. Single images are drawn, also where the data set knows patients. Smaller shares are parts of larger ones
+            with the same seed. All stages and the ceiling train on the same images.
+        train_fraction_seed: of that draw; None takes ``weak.seed``.
         workers: processes that load data; None takes 2, or as many as there are cores where there are fewer. 0 loads in
             the training process.
         cache_mb: decoded images are kept in memory if they all fit in this many megabytes.
@@ -96,9 +101,17 @@ class DataConfig(BaseModel):
     weak: WeakConfig = WeakConfig()
     augmentation: Augmentation = Augmentation()
     train_limit: int | None = Field(default=None, ge=1)
+    train_fraction: float | None = Field(default=None, gt=0, le=1)
+    train_fraction_seed: int | None = Field(default=None, ge=0)
     workers: int | None = Field(default=None, ge=0)
     cache_mb: int = Field(default=1024, ge=0)
     phantom: PhantomConfig = PhantomConfig()
+
+    @model_validator(mode="after")
+    def _one_choice_of_images(self) -> DataConfig:
+        if self.train_limit is not None and self.train_fraction is not None:
+            raise ValueError("train_limit and train_fraction both choose training images: give one of them")
+        return self
 
     def folder(self) -> Path:
         """Where the data set lies.
@@ -142,6 +155,29 @@ def load_dataset(config: DataConfig) -> TissueDataset:
 
     entry = catalog.get(config.source)
     return catalog.read(entry.name, config.folder(), config.split)
+
+
+def draw_fraction(records: Sequence[Record], fraction: float, seed: int) -> tuple[Record, ...]:
+    """A share of the images at random: round(fraction N) of N, halves up, and at least one.
+
+    Each image has a place in the draw that is a function of seed and id alone, so that a smaller share is part of a
+    larger one, whatever the order of the records.
+
+    Args:
+        records: images; patients or cases play no part.
+        fraction: in (0, 1].
+        seed: the same seed gives the same images.
+
+    Returns:
+        The drawn records, in the order in which they were given.
+    """
+    from tissuehint.data.weak import image_seed
+
+    # decimal: as binary numbers .145 * 100 is below 14.5
+    share = Decimal(str(fraction)) * len(records)
+    count = max(1, int(share.to_integral_value(ROUND_HALF_UP)))
+    places = sorted(range(len(records)), key=lambda place: (image_seed(seed, records[place].id), records[place].id))
+    return tuple(records[place] for place in sorted(places[:count]))
 
 
 @dataclass
@@ -207,6 +243,7 @@ class TissueData(L.LightningDataModule):
         self.config = config
         self.seed = seed
         self.read = PixelReader()
+        self._train = self._chosen()
         self._training: tuple[TrainingSet, int, int] | None = None
         self._validation: HintSet | None = None
         if self._fits_in_memory():
@@ -218,9 +255,8 @@ class TissueData(L.LightningDataModule):
         return self.dataset.labels
 
     def records(self, split: str) -> tuple[Record, ...]:
-        """Records of a split; the training split is cut to ``train_limit``."""
-        records = tuple(self.dataset.splits.get(split, ()))
-        return records[: self.config.train_limit] if split == "train" else records
+        """Records of a split; of the training split those that ``train_limit`` or ``train_fraction`` leaves."""
+        return self._train if split == "train" else tuple(self.dataset.splits.get(split, ()))
 
     def with_masks(self, split: str) -> list[Record]:
         """Records of a split that can be scored."""
@@ -326,6 +362,13 @@ class TissueData(L.LightningDataModule):
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             prefetch_factor=4 if workers else None,
         )
+
+    def _chosen(self) -> tuple[Record, ...]:
+        config, records = self.config, tuple(self.dataset.splits.get("train", ()))
+        if config.train_fraction is None:
+            return records[: config.train_limit]
+        seed = config.weak.seed if config.train_fraction_seed is None else config.train_fraction_seed
+        return draw_fraction(records, config.train_fraction, seed)
 
     def _every_record(self) -> list[Record]:
         return [record for split in ("train", "val", "test") for record in self.records(split)]
