@@ -41,14 +41,22 @@ class EncoderConfig(BaseModel):
     Args:
         name: a timm name (``resnet50``, ``vit_small_patch16_224``), or ``hf:`` and a transformers architecture that
             is built in (``hf:mit_b0`` to ``hf:mit_b5``, ``hf:swin_tiny|small|base``, ``hf:dinov2_small|base|large``).
-            Inside a ``NetworkConfig`` also ``smp:`` and a name of segmentation_models_pytorch (``smp:resnet34``).
+            Inside a ``NetworkConfig`` also ``smp:`` and a name of segmentation_models_pytorch (``smp:resnet34``),
+            outside also ``resnet38d``, the wide backbone of AffinityNet, SEAM and the gland paper.
         weights: ``none`` (random), a path to .safetensors, .pt, .pth or .bin, or ``hub`` (download of the publisher's
             weights, whose licence is the publisher's: the MiT weights on the hub are for non-commercial use).
+            ``resnet38d`` has none on a hub; it also reads the original .params file of MXNet.
         output_stride: largest stride of the pyramid, 8 or 16, by dilation; None leaves the backbone as published.
             For ``hf:mit_*`` the strided patch embeddings of the last stages become unstrided: 16 is the stride list
-            [4,2,2,1]. Vision transformers of one stride refuse it.
+            [4,2,2,1]. Vision transformers of one stride refuse it. ``resnet38d`` always has 8.
         normalization: ``imagenet``, ``inception`` (mean and std 0.5, that is 2x-1), ``unit`` (none), or explicit mean
             and std; it must be the one that the weights were trained with.
+        frozen_norm: all batch norms use their running statistics in training too and leave them as they are, and
+            their affine parameters are not trained, as in the code of the gland paper and its parents. With
+            ``weights: none`` the statistics are mean 0 and variance 1. Other norms are trained.
+        frozen_levels: the stem and the first n maps of the pyramid are not trained (everything that these maps depend
+            on, batch norms with their statistics). For ``resnet38d`` 1 is the first convolution and the blocks b2, as
+            in the papers' code; for a ResNet of timm 1 is the stem, 2 is the stem and the first stage.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +65,8 @@ class EncoderConfig(BaseModel):
     weights: str = "none"
     output_stride: Literal[8, 16] | None = None
     normalization: Literal["imagenet", "inception", "unit"] | ChannelStatistics = "imagenet"
+    frozen_norm: bool = False
+    frozen_levels: int = Field(default=0, ge=0)
 
     @property
     def statistics(self) -> ChannelStatistics:
@@ -64,6 +74,16 @@ class EncoderConfig(BaseModel):
         if isinstance(self.normalization, ChannelStatistics):
             return self.normalization
         return NAMED_STATISTICS[self.normalization]
+
+
+def _trained_as_a_whole(encoder: EncoderConfig) -> EncoderConfig:
+    """Refuse the keys that only encoders of class maps know."""
+    for key in ("frozen_norm", "frozen_levels"):
+        if getattr(encoder, key):
+            raise ValueError(
+                f"{key} is for encoders of class maps and has no effect in a network or trunk; leave it out"
+            )
+    return encoder
 
 
 class TrunkConfig(BaseModel):
@@ -91,6 +111,11 @@ class TrunkConfig(BaseModel):
     checkpointing: bool = True
     frozen_norm: bool = True
 
+    @field_validator("encoder")
+    @classmethod
+    def _encoder_is_trained(cls, value: EncoderConfig) -> EncoderConfig:
+        return _trained_as_a_whole(value)
+
 
 class NetworkConfig(BaseModel):
     """A segmentation network.
@@ -99,7 +124,8 @@ class NetworkConfig(BaseModel):
         architecture: ``deeplab_v2``, or a network of segmentation_models_pytorch by its lower-case name (``unet``,
             ``unetplusplus``, ``manet``, ``linknet``, ``fpn``, ``pspnet``, ``pan``, ``deeplabv3``, ``deeplabv3plus``,
             ``upernet``, ``segformer``, ``dpt``).
-        encoder: backbone, its weights and normalisation. Its ``output_stride`` stays None: the architecture decides.
+        encoder: backbone, its weights and normalisation. Its ``output_stride`` stays None, the architecture decides;
+            its ``frozen_norm`` and ``frozen_levels`` stay unset.
         decoder: further options of the architecture, by the names of segmentation_models_pytorch
             (``decoder_channels``, ``encoder_depth``, ...) or of ``DeepLabV2`` (``rates``, ``scales``).
         scale: linear factor in (0, 1] by which images are shrunk before the network; logits are enlarged back to the
@@ -124,7 +150,7 @@ class NetworkConfig(BaseModel):
                 "output_stride of a network's encoder is decided by the architecture; "
                 "leave it out, or set decoder.encoder_output_stride where the architecture has that option"
             )
-        return value
+        return _trained_as_a_whole(value)
 
     @model_validator(mode="after")
     def _behind_a_trunk(self) -> NetworkConfig:

@@ -1,4 +1,4 @@
-"""Any timm or transformers backbone as a feature pyramid."""
+"""Any timm or transformers backbone, or ResNet38d, as a feature pyramid."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tissuehint.errors import InputError
 from tissuehint.nn.config import ChannelStatistics, EncoderConfig
+from tissuehint.nn.resnet38d import ResNet38d
 from tissuehint.nn.transformers_backbones import TransformersPyramid
 from tissuehint.nn.weights import LoadedWeights, load_backbone
 
@@ -19,6 +21,9 @@ __all__ = ["Encoder", "EncoderConfig", "Normalization", "build_encoder", "pad_to
 
 MINIMUM_SIDE = 32
 TRANSFORMERS_PREFIX = "hf:"
+RESNET38D = "resnet38d"
+# side of the image that finds out what belongs to the first levels of a pyramid
+PROBE_SIDE = 64
 
 
 class Normalization(nn.Module):
@@ -64,10 +69,21 @@ class Encoder(nn.Module):
         self._channels_last = False
         if config.name.startswith(TRANSFORMERS_PREFIX):
             self._build_transformers()
+        elif config.name == RESNET38D:
+            self._build_resnet38d()
         else:
             self._build_timm()
         # every cell of the coarsest map sees whole pixels
         self.multiple = max(self.strides)
+        self._frozen_norms: tuple[str, ...] = ()
+        self._freeze()
+
+    def train(self, mode: bool = True) -> Encoder:
+        """As ``nn.Module.train``, but frozen batch norms stay in evaluation mode."""
+        super().train(mode)
+        for name in self._frozen_norms:
+            self.get_submodule(name).eval()
+        return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B,3,H,W) in [0,1] to maps (B,C,ceil(H/stride),ceil(W/stride)), fine to coarse.
@@ -106,6 +122,35 @@ class Encoder(nn.Module):
         else:
             self.weights = pyramid.load(Path(config.weights).expanduser())
 
+    def _build_resnet38d(self) -> None:
+        config = self.config
+        if config.output_stride not in (None, ResNet38d.strides[-1]):
+            rule = f"has output stride {ResNet38d.strides[-1]}, not {config.output_stride}"
+            raise InputError(f"encoder '{config.name}'", rule, "leave output_stride out")
+        if config.weights == "hub":
+            fix = "give the path of the original .params file or of a converted .pth, or weights: none"
+            raise InputError(f"encoder '{config.name}'", "has no weights on a publisher's hub", fix)
+        backbone = ResNet38d()
+        self.backbone, self.channels, self.strides = backbone, backbone.channels, backbone.strides
+        self.weights = None if config.weights == "none" else backbone.load(Path(config.weights).expanduser())
+
+    def _freeze(self) -> None:
+        """Take what ``frozen_norm`` and ``frozen_levels`` name out of the training."""
+        frozen = parameters_of_levels(self, self.config.frozen_levels)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        inside = {id(parameter) for parameter in frozen}
+        norms = [(name, each) for name, each in self.backbone.named_modules() if isinstance(each, _BatchNorm)]
+        names = []
+        for name, norm in norms:
+            # a level with moving statistics would not be a frozen one
+            if self.config.frozen_norm or inside.intersection(map(id, norm.parameters(recurse=False))):
+                norm.requires_grad_(False)
+                names.append(f"backbone.{name}" if name else "backbone")
+        self._frozen_norms = tuple(names)
+        if names:
+            self.train(self.training)
+
     def _build_timm(self) -> None:
         config = self.config
         self.backbone = timm_pyramid(config, features_only=True)
@@ -133,6 +178,39 @@ def build_encoder(config: EncoderConfig) -> Encoder:
     return Encoder(config)
 
 
+def parameters_of_levels(encoder: Encoder, levels: int) -> list[nn.Parameter]:
+    """The trained parameters that the first maps of an encoder depend on: those of the stem and of these levels.
+
+    They are the ones with a gradient from an image of 64 x 64 pixels; torch's generators stay where they are.
+
+    Args:
+        encoder: any.
+        levels: number of maps, from the finest.
+
+    Raises:
+        InputError: more levels than the encoder has, or a network that does not take this image.
+    """
+    if levels > len(encoder.channels):
+        rule = f"is more than the {len(encoder.channels)} levels of '{encoder.config.name}'"
+        raise InputError(f"frozen_levels {levels}", rule, f"use at most {len(encoder.channels)}")
+    if levels == 0:
+        return []
+    parameters = [each for each in encoder.parameters() if each.requires_grad]
+    training = encoder.training
+    encoder.eval()
+    try:
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            maps = encoder(torch.zeros(1, 3, PROBE_SIDE, PROBE_SIDE, device=parameters[0].device))
+            total = torch.stack([each.sum() for each in maps[:levels]]).sum()
+            gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    except InputError as error:
+        rule = f"cannot be found in an encoder that {error.rule}"
+        raise InputError(f"frozen_levels {levels}", rule, "leave frozen_levels out, or use another encoder") from error
+    finally:
+        encoder.train(training)
+    return [each for each, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+
+
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     """Repeat the last row and column of (B,C,H,W) until H and W are multiples of ``multiple``."""
     below, right = -images.shape[-2] % multiple, -images.shape[-1] % multiple
@@ -153,6 +231,9 @@ def check_timm_name(name: str) -> None:
     if name.removeprefix("smp:").startswith("mit_"):
         rule = "has code under a non-commercial licence in segmentation_models_pytorch"
         raise InputError(f"encoder '{name}'", rule, f"use hf:{name.removeprefix('smp:')}, which is Apache-2.0")
+    if name == RESNET38D:
+        rule = "is an encoder for class maps only, not for segmentation networks"
+        raise InputError(f"encoder '{name}'", rule, "use resnet50 or another name of timm here")
     if not timm.is_model(name):
         import difflib
 
