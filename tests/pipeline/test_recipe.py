@@ -67,6 +67,8 @@ def test_a_key_unlike_all_others_lists_the_known_ones():
         ({"evaluation.splits": ["tests"]}, r"evaluation\.splits"),
         ({"stage2.network.encoder.output_stride": 8}, r"stage2\.network\.encoder"),
         ({"method.test_time.scales": [0]}, r"method\.test_time\.scales"),
+        ({"data.train_fraction": 0}, r"data\.train_fraction = 0"),
+        ({"data.train_fraction": 0.5, "data.train_limit": 3}, "recipe key data: .*give one of them"),
     ],
 )
 def test_a_value_that_breaks_a_rule_is_one_line_with_the_key(overrides, text):
@@ -161,12 +163,128 @@ class TestFiles:
         assert load_recipe(path).stage2.optimization.learning_rate == 1e-3
 
 
+def written(path, **values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+class TestExtends:
+    @pytest.fixture
+    def base(self, tmp_path):
+        patches = {"side": 64, "stride": 32}
+        return written(
+            tmp_path / "base.yaml",
+            **{**MINIMAL, "data": {"source": "phantom", "patches": patches}},
+            stage1={"steps": 7, "batch_size": 3},
+            evaluation={"boundary_distances": [1, 2]},
+            published={"CAM": "51.2", "ours": "63.0"},
+        )
+
+    def test_mappings_are_merged_and_all_else_is_replaced(self, base, tmp_path):
+        own = {"name": "b", "stage1": {"steps": 9}, "evaluation": {"boundary_distances": [5]}, "ceiling": True}
+        recipe = load_recipe(written(tmp_path / "own.yaml", extends="base.yaml", **own))
+        expected = {"name": "b", "stage1.steps": 9, "evaluation.boundary_distances": [5], "ceiling": True}
+        assert recipe == load_recipe(base, expected)
+        assert (recipe.stage1.steps, recipe.stage1.batch_size) == (9, 3)
+        assert recipe.published == {"CAM": "51.2", "ours": "63.0"}
+
+    def test_null_replaces(self, base, tmp_path):
+        own = written(tmp_path / "own.yaml", extends="base.yaml", data={"patches": None}, published=None)
+        recipe = load_recipe(own)
+        assert recipe.data.patches is None
+        assert recipe.published == {}
+        assert load_recipe(base).data.patches.side == 64
+
+    def test_a_section_takes_the_place_of_null(self, base, tmp_path):
+        written(tmp_path / "middle.yaml", extends="base.yaml", data={"patches": None})
+        own = written(tmp_path / "own.yaml", extends="middle.yaml", data={"patches": {"side": 48, "stride": 48}})
+        assert load_recipe(own).data.patches.side == 48
+
+    def test_paths_are_relative_to_the_file_that_says_them(self, base, tmp_path, monkeypatch):
+        written(tmp_path / "one" / "a.yaml", extends="two/b.yaml", stage1={"steps": 1}, seed=1)
+        written(tmp_path / "one" / "two" / "b.yaml", extends="../../base.yaml", stage1={"steps": 2, "round_steps": 2})
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        recipe = load_recipe("../one/a.yaml")
+        assert (recipe.stage1.steps, recipe.stage1.batch_size, recipe.stage1.round_steps) == (1, 3, 2)
+        absolute = written(tmp_path / "c.yaml", extends=str(tmp_path / "one" / "a.yaml"))
+        assert load_recipe(absolute) == recipe
+
+    @pytest.mark.parametrize("name", ["cam/phantom", "recipes/cam/phantom.yaml"])
+    def test_a_shipped_recipe_by_name(self, tmp_path, name):
+        own = written(tmp_path / "own.yaml", extends=name, name="ablation", method={"levels": 1})
+        assert load_recipe(own) == load_recipe("cam/phantom", {"name": "ablation", "method.levels": 1})
+
+    def test_a_mapping_extends_too_and_stays_as_it_was(self, base):
+        own = {"extends": str(base), "stage1": {"steps": 5}}
+        recipe = load_recipe(own, {"seed": 4})
+        assert (recipe.stage1.steps, recipe.stage1.batch_size, recipe.seed) == (5, 3, 4)
+        assert own == {"extends": str(base), "stage1": {"steps": 5}}
+        assert load_recipe({"extends": "cam/phantom"}) == load_recipe("cam/phantom")
+
+    def test_overrides_come_after(self, base, tmp_path):
+        own = written(tmp_path / "own.yaml", extends="base.yaml", stage1={"steps": 9})
+        assert load_recipe(own, {"stage1.steps": 11}).stage1.steps == 11
+
+    def test_the_resolved_recipe_stands_alone(self, base, tmp_path):
+        recipe = load_recipe(written(tmp_path / "own.yaml", extends="base.yaml", seed=8))
+        assert "extends" not in yaml.safe_load(recipe.to_yaml())
+        base.unlink()
+        assert load_recipe(written(tmp_path / "alone.yaml", **yaml.safe_load(recipe.to_yaml()))) == recipe
+
+    def test_variables_that_were_replaced_need_not_be_set(self, tmp_path, monkeypatch):
+        monkeypatch.delenv("SOMEWHERE", raising=False)
+        written(tmp_path / "base.yaml", **{**MINIMAL, "data": {"source": "phantom", "root": "$SOMEWHERE/x"}})
+        own = written(tmp_path / "own.yaml", extends="base.yaml", data={"root": "/data"})
+        assert load_recipe(own).data.root == "/data"
+
+    def refused(self, path, *words):
+        with pytest.raises(InputError) as caught:
+            load_recipe(path)
+        message = str(caught.value)
+        assert "\n" not in message
+        for word in words:
+            assert word in message
+        return message
+
+    def test_a_cycle_names_its_files(self, tmp_path):
+        first = written(tmp_path / "a.yaml", extends="b.yaml")
+        written(tmp_path / "b.yaml", extends="sub/../c.yaml")
+        written(tmp_path / "c.yaml", extends="a.yaml")
+        (tmp_path / "sub").mkdir()
+        self.refused(first, "a.yaml -> ", "b.yaml -> ", "c.yaml -> ", "extends itself")
+        self.refused(written(tmp_path / "self.yaml", extends="self.yaml"), "self.yaml -> ", "extends itself")
+
+    def test_an_unknown_base_names_the_file_that_asked(self, tmp_path):
+        own = written(tmp_path / "own.yaml", extends="middle.yaml")
+        written(tmp_path / "middle.yaml", extends="cam/fantom")
+        message = self.refused(own, "middle.yaml: extends cam/fantom", "cam/phantom")
+        assert "own.yaml" not in message
+
+    def test_a_damaged_base_is_named(self, tmp_path):
+        (tmp_path / "base.yaml").write_text("name: [a\n")
+        self.refused(written(tmp_path / "own.yaml", extends="base.yaml"), "base.yaml", "is no YAML")
+
+    @pytest.mark.parametrize("name", [None, 3, "", ["cam/phantom", "cam/glas"], {"file": "a"}])
+    def test_what_is_no_name(self, tmp_path, name):
+        self.refused(written(tmp_path / "own.yaml", extends=name), "own.yaml: extends", "is no name of a recipe")
+
+    def test_it_cannot_be_overridden(self, base):
+        with pytest.raises(InputError, match="write extends in a recipe file"):
+            load_recipe(base, {"extends": "cam/phantom"})
+
+
 class TestVariables:
     def test_paths_are_expanded(self, monkeypatch):
         monkeypatch.setenv("SOMEWHERE", "/data")
         recipe = load_recipe(
             MINIMAL,
-            {"data.root": "$SOMEWHERE/x", "method.encoder.weights": "${SOMEWHERE}/w.pt", "output": "$SOMEWHERE"},
+            {
+                "data.root": "$SOMEWHERE/x",
+                "method.encoder.weights": "${SOMEWHERE}/w.pt",
+                "output": "$SOMEWHERE",
+            },
         )
         assert recipe.data.root == "/data/x"
         assert recipe.method.encoder.weights == "/data/w.pt"

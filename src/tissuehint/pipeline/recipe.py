@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from tissuehint.data.folds import CrossValidation
 from tissuehint.data.module import DataConfig
@@ -153,6 +153,12 @@ class Recipe(BaseModel):
                 raise ValueError(f"{key}.stride {stride} is larger than data.patches.side {side}: pixels are lost")
         return self
 
+    @field_validator("published", mode="before")
+    @classmethod
+    def _null_is_none(cls, value: Any) -> Any:
+        # how a recipe that extends another leaves the numbers of the paper out
+        return {} if value is None else value
+
     @property
     def full_supervision(self) -> SegmentationConfig | None:
         """The network that is trained with the true masks, or None."""
@@ -170,29 +176,40 @@ def load_recipe(recipe: Recipe | Mapping[str, Any] | Path | str, overrides: Mapp
 
     Args:
         recipe: a YAML file; the name of a recipe that comes with tissuehint (``cam/phantom``); a mapping; or a recipe.
+            A file or mapping with the key ``extends`` gives only what differs from the recipe that it names: a file,
+            relative to the one that names it, or a recipe that comes with tissuehint.
         overrides: values by key; ``stage1.steps`` and ``stage1__steps`` mean the same, a mapping is merged.
 
     Raises:
-        InputError: no such file, no YAML, an unknown key (names the nearest), a value that breaks a rule.
+        InputError: no such file, no YAML, an unknown key (names the nearest), a value that breaks a rule, a recipe that
+            extends itself.
     """
     if isinstance(recipe, Recipe):
         values = recipe.model_dump(mode="json")
     elif isinstance(recipe, Mapping):
-        values = _copied(recipe)
+        values = _extended(_copied(recipe), ())
     else:
-        values = _read_yaml(find_recipe(recipe))
+        path = find_recipe(recipe)
+        values = _extended(_read_yaml(path), (path,))
     for key, value in (overrides or {}).items():
         _override(values, key.replace("__", ".").split("."), value)
+    if "extends" in values:
+        rule = "is read before anything is overridden"
+        raise InputError("override extends", rule, "write extends in a recipe file, or run that recipe")
     return _checked(_expanded(values, ""))
 
 
-def find_recipe(name: Path | str) -> Path:
+def find_recipe(name: Path | str, *, asked_by: Path | None = None) -> Path:
     """A file as given, or a recipe that comes with tissuehint.
+
+    Args:
+        name: path, or name of a shipped recipe.
+        asked_by: the file whose ``extends`` says ``name``; paths are relative to its folder.
 
     Raises:
         InputError: neither; lists the nearest names.
     """
-    path = Path(name)
+    path = Path(name) if asked_by is None else asked_by.parent / Path(name).expanduser()
     if path.is_file():
         return path
     shipped = shipped_recipes()
@@ -200,9 +217,8 @@ def find_recipe(name: Path | str) -> Path:
     if key in shipped:
         return shipped[key]
     near = difflib.get_close_matches(key, shipped, n=3) or sorted(shipped)[:6]
-    raise InputError(
-        f"recipe {name}", "is no file and no name of a recipe", f"give a file, or one of {', '.join(near)}"
-    )
+    subject = f"recipe {name}" if asked_by is None else f"{asked_by}: extends {name}"
+    raise InputError(subject, "is no file and no name of a recipe", f"give a file, or one of {', '.join(near)}")
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -245,6 +261,31 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(path, "is no recipe: a recipe is a mapping of keys", "start from a file in recipes/")
     return values
+
+
+def _extended(values: dict[str, Any], files: tuple[Path, ...]) -> dict[str, Any]:
+    """Values merged over those of the recipe that they extend.
+
+    Args:
+        values: of a recipe as it is written.
+        files: the one where they are written, after those that led to it; empty for a mapping.
+    """
+    if "extends" not in values:
+        return values
+    own = dict(values)
+    name = own.pop("extends")
+    asked_by = files[-1] if files else None
+    if not isinstance(name, str) or not name:
+        subject = f"{asked_by or 'recipe'}: extends {name!r}"
+        raise InputError(subject, "is no name of a recipe", "give one file, or one name of a recipe")
+    path = find_recipe(name, asked_by=asked_by)
+    if path.resolve() in {file.resolve() for file in files}:
+        way = " -> ".join(str(file) for file in (*files, path))
+        raise InputError(asked_by, f"extends itself ({way})", "take one extends out")
+    base = _extended(_read_yaml(path), (*files, path))
+    for key, value in own.items():
+        _override(base, [key], value)
+    return base
 
 
 def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
