@@ -69,6 +69,7 @@ def test_a_key_unlike_all_others_lists_the_known_ones():
         ({"method.test_time.scales": [0]}, r"method\.test_time\.scales"),
         ({"data.train_fraction": 0}, r"data\.train_fraction = 0"),
         ({"data.train_fraction": 0.5, "data.train_limit": 3}, "recipe key data: .*give one of them"),
+        ({"start_from": 3}, "start_from = 3"),
     ],
 )
 def test_a_value_that_breaks_a_rule_is_one_line_with_the_key(overrides, text):
@@ -284,8 +285,10 @@ class TestVariables:
                 "data.root": "$SOMEWHERE/x",
                 "method.encoder.weights": "${SOMEWHERE}/w.pt",
                 "output": "$SOMEWHERE",
+                "start_from": "$SOMEWHERE/run",
             },
         )
+        assert recipe.start_from == "/data/run"
         assert recipe.data.root == "/data/x"
         assert recipe.method.encoder.weights == "/data/w.pt"
         assert recipe.output == "/data"

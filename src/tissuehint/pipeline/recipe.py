@@ -110,6 +110,8 @@ class Recipe(BaseModel):
         name: of the run; the run directory is ``output/name``.
         output: folder of run directories.
         seed: of weights, order and augmentation.
+        start_from: directory of a finished run on the same classes with the same networks. Each stage starts from the
+            weights of its stage of the same name, not from the recipe's own; ``~`` and ``$VARIABLES`` are expanded.
         data: which images and hints.
         cross_validation: deal all images into test folds anew, run each fold and summarise them.
         method: name and settings of stage 1; None only with ``data.labels: masks``.
@@ -128,6 +130,7 @@ class Recipe(BaseModel):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     output: str = "runs"
     seed: int = Field(default=0, ge=0)
+    start_from: str | None = None
     data: DataConfig
     cross_validation: CrossValidation | None = None
     method: SerializeAsAny[MethodConfig] | None = None
@@ -313,7 +316,7 @@ def _expanded(value: Any, key: str) -> Any:
     """Replace $VARIABLES in paths, so that one recipe works on every machine."""
     if isinstance(value, dict):
         return {name: _expanded(item, f"{key}.{name}".lstrip(".")) for name, item in value.items()}
-    if isinstance(value, str) and key.rpartition(".")[2] in ("weights", "root", "output"):
+    if isinstance(value, str) and key.rpartition(".")[2] in ("weights", "root", "output", "start_from"):
         expanded = os.path.expandvars(value)
         unset = re.search(r"\$\{?(\w+)", expanded)
         if unset:

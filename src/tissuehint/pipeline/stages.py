@@ -26,7 +26,8 @@ from tissuehint.pipeline.processes import connected, is_writer, share, wait_for_
 from tissuehint.pipeline.recipe import Recipe, load_recipe
 from tissuehint.pipeline.results import Results, rows_of_model, weak_full_ratio
 from tissuehint.pipeline.scoring import score_split, track
-from tissuehint.pipeline.training import WEIGHTS, Fit, check_trainer, load_weights, save_weights
+from tissuehint.pipeline.start import SourceRun, source_folder
+from tissuehint.pipeline.training import CHECKPOINT, WEIGHTS, Fit, check_trainer, load_weights, save_weights
 from tissuehint.plugins import load_method
 from tissuehint.report import write_report
 from tissuehint.segmentation import SegmentationConfig, SegmentationModule
@@ -121,6 +122,7 @@ class Experiment:
         full = recipe.full_supervision
         ceiling = self._network(full) if full is not None else None
         self._check_masks(ceiling is not None)
+        self._start({"stage1": method, "stage2": stage2, "ceiling": ceiling})
         RunDirectory.open(recipe, writer=is_writer())
         if is_writer():
             write_environment(self.directory, recipe.seed, self.data.dataset.notes)
@@ -169,6 +171,21 @@ class Experiment:
         torch.manual_seed(self.recipe.seed)  # the same start for pseudo masks and masks
         return SegmentationModule(config, self.labels)
 
+    def _start(self, modules: Mapping[str, L.LightningModule | None]) -> None:
+        """Put the weights of ``start_from`` into the modules of the stages that are not begun."""
+        if self.recipe.start_from is None:
+            return
+        # before ``prepare``, so that what a method makes from the images of this run stays
+        todo = {name: module for name, module in modules.items() if module is not None and not self._begun(name)}
+        if todo:
+            source = SourceRun(self.recipe.start_from, self.labels)
+            for name, module in todo.items():
+                source.into(module, name)
+
+    def _begun(self, stage: str) -> bool:
+        folder = self.directory.path / stage
+        return self.directory.is_done(folder) or (folder / "checkpoints" / CHECKPOINT).is_file()
+
     def _stage_one(self, method: WeakMethod) -> None:
         run, budget = self.directory, self.recipe.stage1
         if run.is_done(run.stage1):
@@ -212,7 +229,9 @@ class Experiment:
     def _close(self, module: L.LightningModule, fit: Fit) -> None:
         if is_writer():
             save_weights(module, fit.folder / WEIGHTS)
-            facts = {"seconds": round(fit.seconds, 1), "steps": fit.steps, "batch_size": fit.batch_size}
+            facts: dict[str, Any] = {"seconds": round(fit.seconds, 1), "steps": fit.steps, "batch_size": fit.batch_size}
+            if self.recipe.start_from is not None:
+                facts["start_from"] = str(source_folder(self.recipe.start_from).resolve() / fit.folder.name)
             self.directory.mark_done(fit.folder, **facts)
             for checkpoint in (fit.folder / "checkpoints").glob("*"):
                 checkpoint.unlink()
@@ -259,7 +278,7 @@ class Experiment:
             "evaluation": self.recipe.evaluation.model_dump(mode="json"),
             "rows": rows,
             "published": self.recipe.published,
-            "notes": [*self.data.dataset.notes, *results.notes()],
+            "notes": [*self.data.dataset.notes, *self._notes(), *results.notes()],
             "weak_full_ratio": weak_full_ratio(rows),
         }
         if is_writer():
@@ -270,6 +289,16 @@ class Experiment:
             write_report(self.directory.path)
         wait_for_all()
         return RunResult(self.directory.path, finite(scores))
+
+    def _notes(self) -> list[str]:
+        """What a reader of the scores must know about how the training was begun."""
+        recipe, notes = self.recipe, []
+        if recipe.data.train_fraction is not None:
+            drawn, whole = len(self.data.records("train")), len(self.data.dataset.splits["train"])
+            notes.append(f"Trained on {drawn} of {whole} training images, drawn at random (data.train_fraction).")
+        if recipe.start_from is not None:
+            notes.append(f"All trained weights started from those of the run {recipe.start_from}.")
+        return notes
 
     # ---- small parts --------------------------------------------------------------------------------------------
 
