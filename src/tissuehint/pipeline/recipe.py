@@ -167,7 +167,9 @@ class Recipe(BaseModel):
         """The network that is trained with the true masks, or None."""
         if isinstance(self.ceiling, SegmentationConfig):
             return self.ceiling
-        return self.stage2 if self.ceiling or self.data.labels == "masks" else None
+        if self.stage2 is None or not (self.ceiling or self.data.labels == "masks"):
+            return None
+        return self.stage2.model_copy(update={"loss": "cross_entropy"})  # true masks need no purifying
 
     def to_yaml(self) -> str:
         """The resolved recipe; reading it back gives the same recipe."""
