@@ -41,9 +41,9 @@ class CrissCrossAttention(_SelfAttention):
     .. math::
         y_u = x_u + \gamma \sum_{i \in N(u)} \frac{\exp(q_u \cdot k_i)}{\sum_{j \in N(u)} \exp(q_u \cdot k_j)}\, v_i
 
-    with N(u) the row and the column of cell u, u itself once, and q, k, v 1x1 convolutions of x. Feng et al. 2025, Eq. 1,
-    which has no gamma; it starts at 0 as in Huang et al. 2019, so that pretrained features pass through unchanged at
-    first, and it is trained. Two of them in a row reach every cell.
+    with N(u) the row and the column of cell u, u itself once, and q, k, v 1x1 convolutions of x. Feng et al. 2025,
+    Eq. 1, which has no gamma; it starts at 0 as in Huang et al. 2019, so that pretrained features pass through unchanged
+    at first, and it is trained. Two of them in a row reach every cell.
 
     Time and memory O(HW (H + W)) against O((HW)^2) of ``PositionAttention``.
 
@@ -83,9 +83,9 @@ class PositionAttention(_SelfAttention):
     .. math::
         y_j = x_j + \gamma \sum_k \frac{\exp(H_j \cdot M_k)}{\sum_l \exp(H_j \cdot M_l)}\, N_k
 
-    with H (``query``), M (``key``) and N (``value``) 1x1 convolutions of x. Feng et al. 2025, Eq. 2; as printed there the
-    sum below the line runs over the queries j, here it runs over the keys, as in Fu et al. 2019, where the residual and
-    gamma (starts at 0, trained) come from too.
+    with H (``query``), M (``key``) and N (``value``) 1x1 convolutions of x. Feng et al. 2025, Eq. 2; as printed there
+    the sum below the line runs over the queries j, here it runs over the keys, as in Fu et al. 2019, where the residual
+    and gamma (starts at 0, trained) come from too.
 
     Time and memory O((HW)^2).
 

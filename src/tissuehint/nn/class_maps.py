@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,9 @@ class ClassMapSettings(BaseModel):
         pooling: from class maps to logits: ``average`` (Zhou et al. 2016), or ``pyramid_fusion`` (Feng et al. 2025).
         pyramid_scales: cells a side of the grids of ``pyramid_fusion``, increasing.
         pyramid_fusion: how ``pyramid_fusion`` joins them: ``sign_preserving`` (Eq. 5-8) or ``average`` (Table 4).
+        maps_from: which maps are read behind ``pyramid_fusion``: ``merged``, ReLU(P') ReLU(F), the part of Eq. 9 that
+            speaks for a class; ``class_maps``, F, the class map of Eq. 4 of a network that was trained through the
+            pyramid (what the released code reads); or ``pyramid``, P'. The average has F alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -74,6 +77,7 @@ class ClassMapSettings(BaseModel):
     pooling: PoolingName = "average"
     pyramid_scales: tuple[int, ...] = SCALES
     pyramid_fusion: Fusion = "sign_preserving"
+    maps_from: Literal["merged", "class_maps", "pyramid"] = "merged"
 
     @field_validator("attention_levels")
     @classmethod
@@ -97,7 +101,7 @@ class ClassMapNetwork(nn.Module):
 
     With ``pooling: average`` z_c = mean over the cells q of F_c(q) (Zhou et al. 2016, Eq. 1 and 2: a linear classifier
     applied per cell before the mean gives the same logits and the map at the same time). With ``pyramid_fusion`` the
-    cells are weighed by the fused pyramid (Feng et al. 2025, Eq. 9), and the map that is read is the weighted one.
+    cells are weighed by the fused pyramid (Feng et al. 2025, Eq. 9), and the map that is read is that of ``maps_from``.
 
     Args:
         config: encoder, levels, dropout, attention, pooling.
@@ -111,6 +115,7 @@ class ClassMapNetwork(nn.Module):
         self.dropout = nn.Dropout2d(config.dropout)
         self.classifier = nn.Conv2d(sum(self.encoder.channels[-self.levels :]), num_tissue, 1, bias=False)
         self.pooling: PyramidFusionPooling | None = None
+        self.maps_from = config.maps_from
         if config.pooling == "pyramid_fusion":
             # Feng et al. 2025, Experimental Settings; the logits are quadratic in the class maps, and hardly move at
             # first where these are small
@@ -130,11 +135,13 @@ class ClassMapNetwork(nn.Module):
         """
         maps, cells = self._maps(images)
         pooled = self._pool(maps[..., : cells[0], : cells[1]])
-        if self.pooling is None:
+        if pooled.fused is None or self.maps_from == "class_maps":
             return ClassMaps(self._on_image(maps, images), pooled.logits)
+        read = pooled.fused if self.maps_from == "pyramid" else pooled.weighted
         beyond = (0, maps.shape[-1] - cells[1], 0, maps.shape[-2] - cells[0])
-        weighted = F.pad(pooled.weighted, beyond, mode="replicate") if any(beyond) else pooled.weighted
-        return ClassMaps(self._on_image(weighted, images), pooled.logits)
+        if any(beyond):  # the pyramid is of the image alone
+            read = F.pad(read, beyond, mode="replicate")
+        return ClassMaps(self._on_image(read, images), pooled.logits)
 
     def pooled(self, images: Tensor) -> PooledMaps:
         """What the logits of images (B,3,H,W) are made of, for those who want to look at it."""
