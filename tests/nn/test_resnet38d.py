@@ -344,11 +344,14 @@ def test_freezing_draws_no_random_numbers_and_changes_no_weights(name):
     assert all(each.grad is None for each in frozen.parameters())
 
 
-def test_levels_that_a_network_has_not_or_that_cannot_be_found():
+def test_levels_that_a_network_has_not():
     with pytest.raises(InputError, match="frozen_levels 9: is more than the 5 levels of 'test_resnet'; use at most 5"):
         build_encoder(EncoderConfig(name="test_resnet", frozen_levels=9))
-    with pytest.raises(InputError, match="frozen_levels 1: cannot be found in an encoder that does not take"):
-        build_encoder(EncoderConfig(name="maxvit_pico_rw_256", frozen_levels=1))
+
+
+def test_a_network_of_one_size_is_looked_into_at_that_size():
+    frozen = build_encoder(EncoderConfig(name="maxvit_pico_rw_256", frozen_levels=1))
+    assert 0 < len(untrained(frozen)) < len(list(frozen.parameters()))
 
 
 def mxnet_name(name):

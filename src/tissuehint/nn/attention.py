@@ -42,8 +42,8 @@ class CrissCrossAttention(_SelfAttention):
         y_u = x_u + \gamma \sum_{i \in N(u)} \frac{\exp(q_u \cdot k_i)}{\sum_{j \in N(u)} \exp(q_u \cdot k_j)}\, v_i
 
     with N(u) the row and the column of cell u, u itself once, and q, k, v 1x1 convolutions of x. Feng et al. 2025,
-    Eq. 1, which has no gamma; it starts at 0 as in Huang et al. 2019, so that pretrained features pass through unchanged
-    at first, and it is trained. Two of them in a row reach every cell.
+    Eq. 1, which has no gamma; it starts at 0 as in Huang et al. 2019, so that pretrained features pass through
+    unchanged at first, and it is trained. Two of them in a row reach every cell.
 
     Time and memory O(HW (H + W)) against O((HW)^2) of ``PositionAttention``.
 
@@ -73,8 +73,9 @@ class CrissCrossAttention(_SelfAttention):
         weights = torch.cat([column, row], -1).softmax(-1).to(value.dtype)
         from_column = torch.einsum("byxz,bczx->bcyx", weights[..., :height], value)
         from_row = torch.einsum("byxz,bcyz->bcyx", weights[..., height:], value)
-        gathered: Tensor = self.gamma * (from_column + from_row) + features
-        return gathered
+        # the map first: a sum has the memory layout of its first term
+        attended: Tensor = features + self.gamma * (from_column + from_row)
+        return attended
 
 
 class PositionAttention(_SelfAttention):
@@ -101,7 +102,7 @@ class PositionAttention(_SelfAttention):
         """(B,C,H,W) to (B,C,H,W)."""
         query, key, value = (part(features).flatten(2).transpose(1, 2) for part in (self.query, self.key, self.value))
         gathered = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        attended: Tensor = self.gamma * gathered.transpose(1, 2).reshape_as(features) + features
+        attended: Tensor = features + self.gamma * gathered.transpose(1, 2).reshape(features.shape)
         return attended
 
 

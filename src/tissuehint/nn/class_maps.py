@@ -56,7 +56,8 @@ class ClassMapSettings(BaseModel):
         dropout: on the features, before the classifier.
         attention: behind stages of the encoder: ``none``, ``criss_cross``, ``criss_cross_twice``, or
             ``consistency_correlation`` (criss-cross, position, criss-cross; Feng et al. 2025).
-        attention_levels: the levels of the encoder's pyramid that attention stands behind, -1 is the coarsest.
+        attention_levels: the levels of the encoder's pyramid that attention stands behind, -1 is the coarsest; the
+            paper's stages 4, 5 and 6 are -4, -3 and -2 of ``resnet38d``.
         attention_reduction: queries and keys have channels / reduction channels (released code: 8, paper: 4).
         pooling: from class maps to logits: ``average`` (Zhou et al. 2016), or ``pyramid_fusion`` (Feng et al. 2025).
         pyramid_scales: cells a side of the grids of ``pyramid_fusion``, increasing.

@@ -181,7 +181,7 @@ def build_encoder(config: EncoderConfig) -> Encoder:
 def parameters_of_levels(encoder: Encoder, levels: int) -> list[nn.Parameter]:
     """The trained parameters that the first maps of an encoder depend on: those of the stem and of these levels.
 
-    They are the ones with a gradient from an image of 64 x 64 pixels; torch's generators stay where they are.
+    They are the ones with a gradient from one small image; torch's generators stay where they are.
 
     Args:
         encoder: any.
@@ -200,7 +200,7 @@ def parameters_of_levels(encoder: Encoder, levels: int) -> list[nn.Parameter]:
     encoder.eval()
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            maps = encoder(torch.zeros(1, 3, PROBE_SIDE, PROBE_SIDE, device=parameters[0].device))
+            maps = encoder(probe_image(encoder).to(parameters[0].device))
             total = torch.stack([each.sum() for each in maps[:levels]]).sum()
             gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     except InputError as error:
@@ -209,6 +209,21 @@ def parameters_of_levels(encoder: Encoder, levels: int) -> list[nn.Parameter]:
     finally:
         encoder.train(training)
     return [each for each, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+
+
+def probe_image(encoder: Encoder) -> Tensor:
+    """A small image (1,3,s,s) that the encoder takes, for looking at what is inside; torch's generators are left alone.
+
+    Of 64 x 64 pixels, or of the one size of a fixed-size network.
+    """
+    import timm
+
+    side = PROBE_SIDE
+    name = encoder.config.name
+    made_for = None if name.startswith(TRANSFORMERS_PREFIX) or name == RESNET38D else timm.get_pretrained_cfg(name)
+    if made_for is not None and made_for.fixed_input_size:
+        side = made_for.input_size[-1]
+    return torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tissuehint.errors import InputError
 from tissuehint.nn.attention import ConsistencyCorrelationAttention, CrissCrossAttention
-from tissuehint.nn.encoders import Encoder
+from tissuehint.nn.encoders import Encoder, probe_image
 
 AttentionName = Literal["none", "criss_cross", "criss_cross_twice", "consistency_correlation"]
 
@@ -23,7 +23,6 @@ ATTENTIONS: dict[str, Callable[[int, int], nn.Module]] = {
     ),
     "consistency_correlation": ConsistencyCorrelationAttention,
 }
-PROBE_SIDE = 64
 # how a stage lays out what the pyramid gives as (B,C,h,w): the same, channels last, or tokens (B,n,C)
 Layout = Literal["maps", "channels_last", "tokens"]
 
@@ -47,15 +46,15 @@ class StageAttention(nn.ModuleList):
     def __init__(self, encoder: Encoder, name: str, levels: Sequence[int], reduction: int) -> None:
         chosen = _indices(encoder, levels)
         super().__init__(ATTENTIONS[name](encoder.channels[index], reduction) for index in chosen)
-        stages = _find_stages(encoder)
-        for index, attention in zip(chosen, self, strict=True):
-            if stages[index] is None:
+        found = {index: _find_stage(encoder, index) for index in chosen}
+        for attention, (index, place) in zip(self, found.items(), strict=True):
+            if place is None:
                 rule = f"has no single stage that makes level {index - len(encoder.channels)} of its pyramid"
                 fix = "choose other levels, attention: none, or another encoder"
                 raise InputError(f"encoder '{encoder.config.name}'", rule, fix)
-            stage, layout = stages[index]  # type: ignore[misc]
-            place = _Place(encoder, attention, layout, encoder.strides[index])
-            stage.register_forward_hook(place.after_stage)
+            stage, layout = place
+            stands = _Place(encoder, attention, layout, encoder.strides[index])
+            stage.register_forward_hook(stands.after_stage, prepend=True)
 
 
 class _Place:
@@ -99,36 +98,71 @@ def _indices(encoder: Encoder, levels: Sequence[int]) -> list[int]:
 
 
 @torch.no_grad()
-def _find_stages(encoder: Encoder) -> list[tuple[nn.Module, Layout] | None]:
-    """For each level the outermost module of the backbone whose output is its map, found by looking at one image."""
+def _find_stage(encoder: Encoder, index: int) -> tuple[nn.Module, Layout] | None:
+    """The outermost module of the backbone whose output is the map of a level, and that all later stages build on.
+
+    Found by looking at one image. That the output is equal is not enough (a layer that changes nothing at its start, a
+    norm that stands beside the way to the next stage): changing it must change this level alike and all later ones.
+    """
+    image = probe_image(encoder)
     outputs: list[tuple[nn.Module, Tensor]] = []
 
     def record(module: nn.Module, inputs: object, output: object) -> None:
         if isinstance(output, Tensor):
             outputs.append((module, output.clone()))  # layers behind it may work in place
 
-    handles = [module.register_forward_hook(record) for module in encoder.backbone.modules()]
-    generator = torch.Generator().manual_seed(0)  # the draw of the weights goes on as if nothing had been asked
+    with _evaluating(encoder), _hooks(encoder.backbone.modules(), record):
+        maps = _look(encoder, image)
+    # an outer module ends after its parts
+    candidates = {module: layout for module, output in outputs if (layout := _layout(output, maps[index])) is not None}
+    for module, layout in reversed(candidates.items()):
+        with _evaluating(encoder), _hooks([module], _change):
+            changed = _look(encoder, image)
+        before = all(torch.equal(a, b) for a, b in zip(maps[:index], changed[:index], strict=True))
+        behind = not any(torch.equal(a, b) for a, b in zip(maps[index + 1 :], changed[index + 1 :], strict=True))
+        if before and behind and torch.equal(changed[index], _changed(maps[index])):
+            return module, layout
+    return None
+
+
+def _look(encoder: Encoder, image: Tensor) -> list[Tensor]:
     try:
-        with _evaluating(encoder):
-            maps = encoder(torch.rand(1, 3, PROBE_SIDE, PROBE_SIDE, generator=generator))
+        return encoder(image)  # type: ignore[no-any-return]
+    except (RuntimeError, AssertionError, InputError) as error:
+        rule = f"cannot be looked into with an image of {image.shape[-2]} x {image.shape[-1]} pixels"
+        raise InputError(f"encoder '{encoder.config.name}'", rule, "use attention: none, or another encoder") from error
+
+
+def _changed(values: Tensor) -> Tensor:
+    return 2 * values + 1
+
+
+def _change(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    return _changed(output)
+
+
+def _layout(output: Tensor, level: Tensor) -> Layout | None:
+    """How the output holds the map of a level, or None where it does not."""
+    tokens = level.flatten(2).transpose(1, 2)
+    if output.shape == level.shape and torch.equal(output, level):
+        return "maps"
+    if output.ndim == 4 and torch.equal(output.permute(0, 3, 1, 2), level):
+        return "channels_last"
+    # class and register tokens stand before those of the image
+    if output.ndim == 3 and torch.equal(output[:, -tokens.shape[1] :], tokens):
+        return "tokens"
+    return None
+
+
+@contextmanager
+def _hooks(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+    """Before all other hooks: some backbones read their maps with hooks of their own."""
+    handles = [module.register_forward_hook(hook, prepend=True) for module in modules]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return [_stage_of(level, outputs) for level in maps]
-
-
-def _stage_of(level: Tensor, outputs: list[tuple[nn.Module, Tensor]]) -> tuple[nn.Module, Layout] | None:
-    tokens = level.flatten(2).transpose(1, 2)
-    for module, output in reversed(outputs):  # an outer module ends after its parts
-        if output.shape == level.shape and torch.equal(output, level):
-            return module, "maps"
-        if output.ndim == 4 and torch.equal(output.permute(0, 3, 1, 2), level):
-            return module, "channels_last"
-        # class and register tokens stand before those of the image
-        if output.ndim == 3 and torch.equal(output[:, -tokens.shape[1] :], tokens):
-            return module, "tokens"
-    return None
 
 
 @contextmanager
