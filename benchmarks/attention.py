@@ -41,6 +41,7 @@ SIDE, CELLS, CLASSES = 224, 28, 2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # resnet38d as in the paper; all its levels from the third on have stride 8
 LEVELS = {"resnet38d": (-4, -3, -2)}
+ATTENTIONS: tuple[AttentionName, ...] = ("criss_cross", "consistency_correlation")
 
 
 class PlainAttention(PositionAttention):
@@ -147,21 +148,21 @@ def training_step(name: str, attention: AttentionName, images: Tensor, tags: Ten
     return step, counter.get_total_flops()
 
 
-def shares(name: str, batch: int, rounds: int) -> None:
+def shares(name: str, attention: AttentionName, batch: int, rounds: int) -> None:
     images = torch.rand(batch, 3, SIDE, SIDE, device=DEVICE)
     tags = torch.randint(0, 2, (batch, CLASSES), device=DEVICE).float()
     maps = torch.randn(batch, CLASSES, CELLS, CELLS, device=DEVICE, requires_grad=True)
     pooling = PyramidFusionPooling(CLASSES).to(DEVICE)
     bare, fewer = training_step(name, "none", images, tags)
-    attended, more = training_step(name, "consistency_correlation", images, tags)
+    attended, more = training_step(name, attention, images, tags)
     turns = []
     for _ in range(rounds + 1):
         without, step = seconds(bare), seconds(attended)
         fused = seconds(lambda: torch.autograd.backward(pooling(maps)[0].sum()))
         mean = seconds(lambda: torch.autograd.backward(maps.mean((2, 3)).sum()))
         turns.append((1e3 * step, (step - without) / step, (fused - mean) / step))
-    step, attention, pooled = (statistics.median(each) for each in zip(*turns[1:], strict=True))
-    print(f"{name:18} {step:8.0f} {attention:10.3f} {(more - fewer) / more:10.3f} {pooled:10.4f}", flush=True)
+    step, share, pooled = (statistics.median(each) for each in zip(*turns[1:], strict=True))
+    print(f"{name:18} {attention:24} {step:8.0f} {share:6.3f} {(more - fewer) / more:10.3f} {pooled:8.4f}", flush=True)
 
 
 def main() -> None:
@@ -178,9 +179,10 @@ def main() -> None:
         compare_attentions(arguments.sides, arguments.channels, arguments.rounds)
     if arguments.encoders:
         print(f"training step at {SIDE} px, batch {arguments.batch_size}: shares of attention and of pooling")
-        print(f"{'encoder':18} {'step, ms':>8} {'attention':>10} {'operations':>10} {'pooling':>10}")
+        print(f"{'encoder':18} {'attention':24} {'step, ms':>8} {'share':>6} {'operations':>10} {'pooling':>8}")
     for name in arguments.encoders:
-        shares(name, arguments.batch_size, arguments.rounds)
+        for attention in ATTENTIONS:
+            shares(name, attention, arguments.batch_size, arguments.rounds)
 
 
 if __name__ == "__main__":

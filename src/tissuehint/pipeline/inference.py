@@ -91,14 +91,26 @@ class StageOneMaps:
     def explain(self, record: Record) -> dict[str, Tensor]:
         """Named maps (n,H,W) of how the method reads a record and its hints, each in [0,1].
 
-        None where images are cut into windows, since maps of windows are not parts of one map.
+        Where images are cut into windows, the mean over the windows that see a pixel for methods that learn from tags,
+        whose maps speak of the same classes in every window; for others none.
         """
-        if self.grid is not None:
+        if self.grid is not None and self.method.supervision != "tags":
             return {}
-        image = to_tensor(self.data.read(record))[None]
-        found = self.method.explain(self._hints(record).batch(image, [(0, 0)]).to(self.device))
-        maps = {name: values[0].float().cpu() for name, values in found.items() if min(values.shape[-2:]) > 1}
-        return {name: _picture(values, (image.shape[-2], image.shape[-1])) for name, values in maps.items()}
+        hints, channels = self._hints(record), dict[str, int]()
+
+        def mapper(images: Tensor, corners: list[tuple[int, int]]) -> Tensor:
+            found = self.method.explain(hints.batch(images, corners).to(self.device))
+            # without the values that are no maps, such as the presence of a class
+            maps = {name: values.float() for name, values in found.items() if min(values.shape[-2:]) > 1}
+            channels.update({name: values.shape[1] for name, values in maps.items()})
+            size = images.shape[-2:]
+            return torch.cat(
+                [F.interpolate(each, size, mode="bilinear", align_corners=False) for each in maps.values()], 1
+            )
+
+        slid = self._slide(record, mapper).cpu()
+        parts = torch.split(slid, list(channels.values()))
+        return {name: _picture(maps) for name, maps in zip(channels, parts, strict=True)}
 
     def _slide(self, record: Record, mapper: Callable[[Tensor, list[tuple[int, int]]], Tensor]) -> Tensor:
         image = to_tensor(self.data.read(record))
@@ -146,10 +158,10 @@ class _WindowHints:
         return parts
 
 
-def _picture(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """(n,h,w) at another size, the part above 0 divided by its largest value where that is above 1."""
-    enlarged = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0].clamp_min(0)
-    return enlarged / enlarged.amax().clamp_min(1)
+def _picture(maps: Tensor) -> Tensor:
+    """The part above 0, divided by its largest value where that is above 1."""
+    shown = maps.clamp_min(0)
+    return shown / shown.amax().clamp_min(1)
 
 
 def _even(tissue_map: Tensor) -> Tensor:
