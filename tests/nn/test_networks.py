@@ -19,6 +19,7 @@ PAIRS = [
     ),
     ("dpt", "vit_tiny_patch16_224"),
     ("pspnet", "resnest14d"),
+    ("pspnet", "resnest200e"),  # of the gland paper
     ("unet", "smp:resnet18"),
     ("unet", "swin_tiny_patch4_window7_224"),
     ("segformer", "hf:mit_b0"),
