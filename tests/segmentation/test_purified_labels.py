@@ -208,6 +208,55 @@ class TestPixels:
         torch.testing.assert_close(loss(logits, target), cross_entropy(logits, target))
 
 
+@pytest.mark.parametrize("loss", BOTH)
+@pytest.mark.parametrize("classes", [2, 4])
+class TestTwoAndMoreClasses:
+    """Two classes are computed by their margin, more by the softmax."""
+
+    @few
+    @given(seed=st.integers(0, 9999), ignored=st.floats(0, 1), spread=st.sampled_from([0.1, 3, 40, 120, 1e3]))
+    def test_against_loops_in_double_precision(self, loss, classes, seed, ignored, spread):
+        logits, target = case(seed, classes, ignored, spread=spread)
+        target[0] = torch.where(target[0] == 255, 255, 1)
+        target[1] = torch.where(target[1] == 255, 255, logits[1].argmin(0))  # wrong everywhere
+        check(loss, logits, target, 1e-5)
+        check(loss, logits.double(), target, 1e-12)
+
+    def test_the_gradient_keeps_the_memory_layout_of_the_logits(self, loss, classes):
+        logits, target = case(14, classes)
+        for turned in (logits.to(memory_format=torch.channels_last), logits.mT.contiguous().mT):
+            value, gradient = with_gradient(loss, turned, target)
+            assert gradient.stride() == turned.stride()
+            torch.testing.assert_close(value, loss(logits, target))
+
+    def test_a_factor_and_a_second_pass_scale_the_gradient(self, loss, classes):
+        logits, target = case(15, classes)
+        _, single = with_gradient(loss, logits, target)
+        logits.requires_grad_()
+        value = 3 * loss(logits, target)
+        value.backward(retain_graph=True)
+        value.backward()
+        torch.testing.assert_close(logits.grad, 6 * single)
+
+    @pytest.mark.parametrize("ignore_index", [255, 0, 1, -1, -100])
+    @pytest.mark.parametrize("wrong", [-2, -1, 4, 7, 254, 256, 2**32])
+    def test_a_class_that_does_not_exist_is_an_error(self, loss, classes, wrong, ignore_index):
+        logits, target = case(16, classes, ignored=0)
+        target[0, 0], target[1, 2, 3] = ignore_index, wrong
+        if wrong == ignore_index:
+            loss(logits, target, ignore_index=ignore_index)
+        else:
+            with pytest.raises(IndexError, match="out of bounds"):
+                loss(logits, target, ignore_index=ignore_index)
+
+    def test_a_target_of_another_shape_or_type_is_an_error(self, loss, classes):
+        logits, target = case(17, classes)
+        with pytest.raises(ValueError, match=r"\(1, 4, 5\); these logits need \(3, 4, 5\)"):
+            loss(logits, target[:1])
+        with pytest.raises(TypeError, match="give it as"):
+            loss(logits, target.float())
+
+
 class TestPurified:
     def test_an_image_with_one_class_is_plain_cross_entropy(self):
         logits, target = case(20, ignored=0)
