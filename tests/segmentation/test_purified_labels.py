@@ -347,13 +347,14 @@ SPACE = LabelSpace(("gland", "stroma", "white"), white=2)
 
 
 class TestInTheModule:
-    def module(self, loss):
+    def module(self, loss, **settings):
         torch.manual_seed(0)
         config = SegmentationConfig(
             network={"architecture": "unet", "encoder": {"name": "mobilenetv3_small_050"}},
             optimization={"name": "adamw", "learning_rate": 1e-3, "head_multiplier": 3, "power": 0},
             loss=loss,
             crop=64,
+            **settings,
         )
         return SegmentationModule(config, SPACE).train()
 
@@ -384,6 +385,17 @@ class TestInTheModule:
             optimizer.step()
         assert [key for key, _ in logged] == ["train_loss"] * 12
         assert plain[-1] < 0.7 * plain[0], plain
+
+    def test_plain_cross_entropy_until_the_warm_up_is_over(self, monkeypatch):
+        module, batch = self.module("purified", loss_warmup=2), self.batch()
+        monkeypatch.setattr(module, "log", lambda *_, **__: None)
+        logits = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+        monkeypatch.setattr(module, "forward", lambda images: logits)
+        expected = [cross_entropy(logits, batch.masks)] * 2 + [purified_label_loss(logits, batch.masks)] * 2
+        assert float(expected[0]) > 1.1 * float(expected[2])
+        for step, loss in enumerate(expected):
+            monkeypatch.setattr(module, "_trainer", SimpleNamespace(global_step=step))
+            torch.testing.assert_close(module.training_step(batch, 0), loss)
 
     def test_one_step_moves_every_part_of_the_network(self, monkeypatch):
         module = self.module("purified")

@@ -18,6 +18,9 @@ class SegmentationConfig(BaseModel):
         loss: how a pixel counts: all alike (``cross_entropy``), by how easy and how sure it is (``purified``, Feng et
             al. 2025), or by how easy it is (``reweighted``, OEEM). ``ceiling: true`` takes cross-entropy in its place:
             true masks need no purifying.
+        loss_warmup: first steps with plain cross-entropy, before ``loss`` begins. The weights of ``purified`` and
+            ``reweighted`` come from what the network says; one that knows nothing yet is held back by them
+            (docs/benchmarks.md). The papers have no warm-up.
         optimization: optimiser, learning rates, schedule.
         steps: optimiser steps; rounded to whole rounds.
         batch_size: crops a step, over all devices.
@@ -33,6 +36,7 @@ class SegmentationConfig(BaseModel):
 
     network: NetworkConfig = NetworkConfig()
     loss: Literal["cross_entropy", "purified", "reweighted"] = "cross_entropy"
+    loss_warmup: int = Field(default=0, ge=0)
     optimization: Optimization = Optimization()
     steps: int = Field(default=1000, ge=1)
     batch_size: int = Field(default=8, ge=1)

@@ -43,7 +43,9 @@ class SegmentationModule(L.LightningModule):
         """Loss on the (pseudo) masks of the batch."""
         if batch.masks is None:
             raise InputError(f"images {', '.join(batch.ids[:3])}", "have no mask", "train on pseudo masks or masks")
-        loss = LOSSES[self.config.loss](self(batch.images), batch.masks)
+        warming = self.config.loss_warmup > 0 and self.global_step < self.config.loss_warmup
+        name = "cross_entropy" if warming else self.config.loss
+        loss = LOSSES[name](self(batch.images), batch.masks)
         self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=False, batch_size=len(batch))
         return loss
 
