@@ -60,10 +60,16 @@ class WeakMethod(L.LightningModule, ABC):
     Args:
         config: frozen, of type ``Config``.
         labels: the classes.
+
+    Attributes:
+        supervision: the hint that it learns from.
+        Config: type of its config.
+        channels_last: train with weights in the memory order that convolutions like best; rounding differs.
     """
 
     supervision: ClassVar[Supervision]
     Config: ClassVar[type[MethodConfig]]
+    channels_last: ClassVar[bool] = False
 
     def __init__(self, config: MethodConfig, labels: LabelSpace) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class ClassMapConfig(TagConfig, ClassMapSettings):
 class ClassMapMethod(TagMethod):
     """Train a classifier on tags, read its class maps."""
 
+    channels_last: ClassVar[bool] = True
     config: ClassMapConfig
 
     def __init__(self, config: ClassMapConfig, labels: LabelSpace) -> None:

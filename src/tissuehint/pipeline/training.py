@@ -85,8 +85,9 @@ class Fit:
         """
         started = time.monotonic()
         resume = self._checkpoint()
-        # the order in memory in which convolutions train fastest, on the CPU (docs/benchmarks.md) and on GPUs
-        module.to(memory_format=torch.channels_last)
+        if getattr(module, "channels_last", False):
+            # the order in memory in which convolutions train fastest, on the CPU (docs/benchmarks.md) and on GPUs
+            module.to(memory_format=torch.channels_last)
         best: RoundValidation | LowestRound | None = None
         if keep_lowest is not None:
             best = LowestRound(self.folder, keep_lowest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 from torch import Tensor
@@ -23,6 +23,8 @@ class SegmentationModule(L.LightningModule):
         config: network, loss, optimiser.
         labels: the classes; the network has ``labels.num_classes`` outputs, white included.
     """
+
+    channels_last: ClassVar[bool] = True
 
     def __init__(self, config: SegmentationConfig, labels: LabelSpace) -> None:
         super().__init__()
