@@ -1,0 +1,395 @@
+"""Foreground/background matching: what a class map shows of an image, and what it leaves, seen by a frozen encoder.
+
+Shared by pbip and lpd. The encoder sees two pictures of every pair of image and class (or prototype), so that its cost
+rules the training step: pairs go through it in chunks, and each chunk is differentiated before the next one begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tissuehint.errors import InputError
+from tissuehint.nn.prototypes import check_counts
+
+Form = Literal["class", "prototype"]
+Encode = Callable[[Tensor], Tensor]
+
+CHUNK = 32  # pairs at a time
+
+
+class Pairs(NamedTuple):
+    """Which map is matched in which image.
+
+    Args:
+        images: (P,) index of the image.
+        classes: (P,) its class.
+        own: (P,) prototype within the class, or None where the class is matched as a whole.
+    """
+
+    images: Tensor
+    classes: Tensor
+    own: Tensor | None
+
+
+def matching_losses(
+    foreground: Tensor,
+    background: Tensor,
+    prototypes: Tensor,
+    classes: Tensor,
+    *,
+    temperature: float = 1.0,
+    form: Form = "class",
+    own: Tensor | None = None,
+    counts: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Foregrounds should look like the prototypes of their class, backgrounds like those of the others.
+
+    With cosines :math:`s(f, n, k)` of a feature f and prototype k of class n, and j the class of the pair,
+
+    .. math::
+        \text{class:}\quad L_{FG} &= -\log \frac{e^{a/\tau}}{e^{a/\tau} + e^{b/\tau}}, \quad
+            a = \sum_k s(f, j, k), \quad b = \sum_{n \ne j} \sum_k s(f, n, k) \\
+        L_{BG} &= -\log \frac{e^{b'/\tau}}{e^{a'/\tau} + e^{b'/\tau}}, \quad
+            a' = \mathrm{mean}_k\, s(g, j, k), \quad b' = \mathrm{mean}_{n \ne j, k}\, s(g, n, k) \\
+        \text{prototype:}\quad L_{FG} &= -\log \frac{e^{s(f, j, o)/\tau}}{\sum_{n,k} e^{s(f, n, k)/\tau}}, \qquad
+        L_{BG} = -\log \frac{\sum_{(n,k) \ne (j,o)} e^{s(g, n, k)/\tau}}{\sum_{n,k} e^{s(g, n, k)/\tau}}
+
+    for foreground f and background g, each the mean over the pairs. The class form is Tang et al., PBIP, CVPR 2025,
+    Eq. 9-12. The prototype form contrasts one prototype o with all others, those of its own class included, as the
+    released codes of PBIP and LPD do.
+
+    Args:
+        foreground: (M,D) of the frozen encoder, any length.
+        background: (M,D).
+        prototypes: (N,K,D) in the space of that encoder, any length.
+        classes: (M,) int64 in 0..N-1.
+        temperature: tau, above 0 (paper 1, released code .07).
+        form: ``class`` or ``prototype``.
+        own: (M,) int64 in 0..K-1, o of each pair; None takes the prototype of class j with the largest cosine to the
+            foreground.
+        counts: prototypes of each class where they differ; the rows of ``prototypes`` behind them are not read.
+
+    Returns:
+        L_FG and L_BG, scalars; 0 (with zero gradient) where there is no pair.
+
+    Raises:
+        InputError: fewer than two classes, other shapes, a temperature that is not above 0, an unknown form.
+
+    Example:
+        >>> prototypes = torch.eye(2)[:, None]  # two classes, one prototype each
+        >>> foreground, background = matching_losses(
+        ...     torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), prototypes, torch.tensor([0])
+        ... )
+        >>> round(float(foreground), 4), round(float(background), 4)  # log(1 + 1/e)
+        (0.3133, 0.3133)
+    """
+    _check(foreground, background, prototypes, classes, temperature, form)
+    present = _present(prototypes, counts)
+    unit = F.normalize(prototypes.to(_precise(prototypes)), dim=2)
+    front, back = _cosines(foreground, unit), _cosines(background, unit)
+    if form == "class":
+        return _class_form(front, back, classes, present, temperature)
+    return _prototype_form(front, back, classes, present, temperature, own)
+
+
+def masked_image_losses(
+    foreground: Tensor | None,
+    background: Tensor | None,
+    images: Tensor,
+    pairs: Pairs,
+    prototypes: Tensor,
+    encode: Encode,
+    *,
+    temperature: float = 1.0,
+    form: Form = "class",
+    counts: Sequence[int] | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor | None, Tensor | None]:
+    """``matching_losses`` of the pictures that weight maps cut out of images, in bounded memory.
+
+    The picture of pair p is weights[p] * images[pairs.images[p]] (Tang et al., PBIP, CVPR 2025, Eq. 5); where the
+    weight is 0 stands 0, the mean colour of the encoder's normalisation.
+
+    Gradients to weights and prototypes are taken chunk by chunk in the forward pass and kept for the backward pass, so
+    that the encoder's activations of one chunk exist at a time: 2 ``chunk`` pictures, however many pairs there are.
+    What grows with the pairs is their weights and the gradients of these, 4 h w numbers a pair. Every picture is
+    encoded once and differentiated once, as without chunks.
+
+    Args:
+        foreground: (P,h,w) weights, or None to leave this loss out.
+        background: (P,h,w) weights, or None to leave this loss out.
+        images: (B,3,h,w), normalised for the encoder.
+        pairs: which image and class each weight map belongs to.
+        prototypes: (N,K,D).
+        encode: pictures (b,3,h,w) to features (b,D), each from its picture alone; its weights are frozen.
+        temperature: as ``matching_losses``.
+        form: as ``matching_losses``.
+        counts: as ``matching_losses``.
+        chunk: pairs at a time.
+
+    Returns:
+        L_FG and L_BG, or None for what was left out; differentiable once.
+
+    Raises:
+        InputError: as ``matching_losses``; in the prototype form, pairs without own prototype where one of the two
+            losses is left out.
+    """
+    if foreground is None and background is None:
+        return None, None
+    settings = _Settings(pairs, encode, temperature, form, None if counts is None else tuple(counts), chunk)
+    if form == "prototype" and pairs.own is None and foreground is None:
+        raise InputError("pairs", "have no own prototype, which the background loss needs", "give pairs.own")
+    given = [each if each is not None else images.new_zeros(0) for each in (foreground, background)]
+    losses = _MaskedImages.apply(given[0], given[1], images, prototypes, settings)
+    return (None if foreground is None else losses[0], None if background is None else losses[1])
+
+
+def adaptive_weights(maps: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
+    r"""Foreground and background weights of class maps.
+
+    .. math::
+        M(q) = \frac{\delta(m(q))}{\max_r \delta(m(r))}, \qquad b(q) = [M(q) \ge t], \qquad
+        FG = b\,M, \qquad BG = (1 - b)(1 - M)
+
+    with :math:`\delta` the ReLU. M is scaled to [0,1], so that 1 - M is a weight as Eq. 5 means it; b is then that of
+    Eq. 4, :math:`m(q) \ge t \max m`, for each map by itself. A map without any part above 0 is background.
+
+    Source: Tang et al., PBIP, CVPR 2025, Eq. 4 and 5.
+
+    Args:
+        maps: (P,h,w), one map a row.
+        threshold: t in [0,1]; None weighs without b (FG = M, BG = 1 - M).
+
+    Returns:
+        (P,h,w) and (P,h,w), in [0,1], with gradient to the maps.
+
+    Example:
+        >>> front, back = adaptive_weights(torch.tensor([[[4.0, 2.0, 0.4, -3.0]]]), 0.15)
+        >>> front.tolist(), [round(value, 2) for value in back.flatten().tolist()]
+        ([[[1.0, 0.5, 0.0, 0.0]]], [0.0, 0.0, 0.9, 1.0])
+    """
+    active = F.relu(maps)
+    scaled = active / active.amax((1, 2), keepdim=True).clamp_min(1e-8)
+    if threshold is None:
+        return scaled, 1 - scaled
+    chosen = ((scaled >= threshold) & (active.amax((1, 2), keepdim=True) > 0)).to(scaled)
+    return chosen * scaled, (1 - chosen) * (1 - scaled)
+
+
+def class_pairs(tags: Tensor) -> Pairs:
+    """Every image with each class that it is tagged with.
+
+    Args:
+        tags: (B,N) in {0,1}.
+    """
+    images, classes = (tags > 0).nonzero(as_tuple=True)
+    return Pairs(images, classes, None)
+
+
+def prototype_pairs(tags: Tensor, scores: Tensor, counts: Sequence[int]) -> Pairs:
+    """Every image with the prototypes of its tagged classes that score above the mean of their class.
+
+    The best prototype of a tagged class is always among them, also where all score the same.
+
+    Source: released codes of PBIP and LPD.
+
+    Args:
+        tags: (B,N) in {0,1}.
+        scores: (B,L) of the prototypes, classes in order.
+        counts: prototypes of each class.
+    """
+    check_counts(counts, scores.shape[1])
+    present = _present(scores.new_zeros(len(counts), max(counts), 1), counts)
+    grouped = scores.new_full((len(scores), len(counts), max(counts)), float("-inf"))
+    grouped[present.expand_as(grouped)] = scores.detach().float().to(grouped.dtype).flatten()
+    mean = grouped.masked_fill(~present, 0).sum(2, keepdim=True) / present.sum(2, keepdim=True)
+    first = torch.arange(max(counts), device=scores.device) == grouped.argmax(2, keepdim=True)
+    images, classes, own = (((grouped > mean) | first) & (tags > 0)[..., None]).nonzero(as_tuple=True)
+    return Pairs(images, classes, own)
+
+
+class _Settings(NamedTuple):
+    pairs: Pairs
+    encode: Encode
+    temperature: float
+    form: Form
+    counts: tuple[int, ...] | None
+    chunk: int
+
+
+class _MaskedImages(torch.autograd.Function):
+    """The two losses; the gradients of a chunk are taken as soon as it is encoded."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, foreground: Tensor, background: Tensor, images: Tensor, prototypes: Tensor, settings: _Settings
+    ) -> tuple[Tensor, Tensor]:
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        weights = (foreground.detach(), background.detach())
+        work = _Chunks(weights, images.detach(), prototypes.detach(), settings, needs)
+        for start in range(0, len(settings.pairs.classes), settings.chunk):
+            work.add(slice(start, start + settings.chunk))
+        ctx.save_for_backward(*work.of_weights, *work.of_prototypes)
+        return work.total[0], work.total[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, front: Tensor, back: Tensor) -> tuple[Tensor | None, ...]:
+        of_front, of_back, first, second = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        return (
+            of_front * front if needs[0] else None,
+            of_back * back if needs[1] else None,
+            None,
+            first * front + second * back if needs[3] else None,
+            None,
+        )
+
+
+class _Chunks:
+    """Losses and gradients, summed up over the chunks."""
+
+    def __init__(
+        self,
+        weights: tuple[Tensor, Tensor],
+        images: Tensor,
+        prototypes: Tensor,
+        settings: _Settings,
+        needs: tuple[bool, bool, bool],
+    ) -> None:
+        self.weights, self.images, self.prototypes = weights, images, prototypes
+        self.settings, self.needs = settings, needs
+        self.used = [bool(each.ndim == 3) for each in weights]
+        precise = _precise(prototypes)
+        self.total = [images.new_zeros((), dtype=precise) for _ in range(2)]
+        self.of_weights = [torch.zeros_like(each) for each in weights]
+        self.of_prototypes = [torch.zeros_like(prototypes) for _ in range(2)]
+
+    def add(self, rows: slice) -> None:
+        """Encode and differentiate some pairs."""
+        settings, pairs = self.settings, self.settings.pairs
+        originals = self.images[pairs.images[rows]]
+        parts = [number for number in range(2) if self.used[number]]
+        pictures = torch.cat([self.weights[number][rows][:, None] * originals for number in parts])
+        with torch.enable_grad():
+            pictures.requires_grad_(self.needs[0] or self.needs[1])
+            features = settings.encode(pictures)
+        leaves = features.detach().requires_grad_(pictures.requires_grad)
+        prototypes = self.prototypes.detach().requires_grad_(self.needs[2])
+        with torch.enable_grad():
+            losses = self._losses(leaves, prototypes, rows, parts)
+        slope = torch.zeros_like(leaves)
+        for number in parts:
+            self.total[number] += losses[number].detach()
+            wanted = [each for each in (leaves, prototypes) if each.requires_grad]
+            if not wanted:
+                continue
+            found = iter(torch.autograd.grad(losses[number], wanted, retain_graph=True, allow_unused=True))
+            for leaf in wanted:
+                gradient = next(found)
+                if gradient is None:
+                    continue
+                if leaf is leaves:
+                    slope += gradient
+                else:
+                    self.of_prototypes[number] += gradient
+        if pictures.requires_grad:
+            (of_pictures,) = torch.autograd.grad(features, pictures, slope)
+            for number, gradient in zip(parts, of_pictures.chunk(len(parts)), strict=True):
+                self.of_weights[number][rows] = (gradient * originals).sum(1)
+
+    def _losses(self, features: Tensor, prototypes: Tensor, rows: slice, parts: list[int]) -> dict[int, Tensor]:
+        """The share of these pairs in the mean over all; what is left out is not computed from anything."""
+        settings, pairs = self.settings, self.settings.pairs
+        halves = features.chunk(len(parts))
+        front, back = halves[0], halves[-1]
+        found = matching_losses(
+            front,
+            back,
+            prototypes,
+            pairs.classes[rows],
+            temperature=settings.temperature,
+            form=settings.form,
+            own=None if pairs.own is None else pairs.own[rows],
+            counts=settings.counts,
+        )
+        share = len(front) / len(pairs.classes)
+        return {number: found[number] * share for number in parts}
+
+
+def _class_form(
+    front: Tensor, back: Tensor, classes: Tensor, present: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    own = F.one_hot(classes, front.shape[1]).to(front)
+    front, back = front * present, back * present
+    number = present.sum(2).to(front)  # (1,N)
+    of_front = front.sum(2)
+    a, b = (of_front * own).sum(1), (of_front * (1 - own)).sum(1)
+    of_back = back.sum(2)
+    mean_own = (of_back * own).sum(1) / (number * own).sum(1)
+    mean_others = (of_back * (1 - own)).sum(1) / (number * (1 - own)).sum(1)
+    return _mean(F.softplus((b - a) / temperature)), _mean(F.softplus((mean_own - mean_others) / temperature))
+
+
+def _prototype_form(
+    front: Tensor, back: Tensor, classes: Tensor, present: Tensor, temperature: float, own: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    lowest = float("-inf")
+    if own is None:
+        rows = torch.arange(len(classes), device=classes.device)
+        own = front.detach().masked_fill(~present, lowest)[rows, classes].argmax(1)
+    place = (classes * front.shape[2] + own)[:, None]
+    scores = (front / temperature).masked_fill(~present, lowest).flatten(1)
+    loss = scores.logsumexp(1) - scores.gather(1, place)[:, 0]
+    scores = (back / temperature).masked_fill(~present, lowest).flatten(1)
+    # log of the sum over the others against the own one: no difference of two near equal sums
+    others = scores.scatter(1, place, lowest).logsumexp(1)
+    return _mean(loss), _mean(F.softplus(scores.gather(1, place)[:, 0] - others))
+
+
+def _cosines(features: Tensor, unit: Tensor) -> Tensor:
+    """(M,D) and unit (N,K,D) to (M,N,K)."""
+    return torch.einsum("md,nkd->mnk", F.normalize(features.to(unit.dtype), dim=1), unit)
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.sum() / max(len(values), 1)
+
+
+def _precise(values: Tensor) -> torch.dtype:
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def _present(prototypes: Tensor, counts: Sequence[int] | None) -> Tensor:
+    """(1,N,K) bool: which rows are prototypes."""
+    classes, most = prototypes.shape[:2]
+    if counts is None:
+        return torch.ones(1, classes, most, dtype=torch.bool, device=prototypes.device)
+    if len(counts) != classes or not all(1 <= count <= most for count in counts):
+        rule = f"do not fit {classes} classes of up to {most} prototypes"
+        raise InputError(f"counts {list(counts)}", rule, "give the number of prototypes of each class")
+    number = torch.arange(most, device=prototypes.device)
+    return (number < torch.tensor(counts, device=prototypes.device)[:, None])[None]
+
+
+def _check(
+    foreground: Tensor, background: Tensor, prototypes: Tensor, classes: Tensor, temperature: float, form: str
+) -> None:
+    if form not in ("class", "prototype"):
+        raise InputError(f"form '{form}'", "is neither class nor prototype", "use one of these")
+    if not temperature > 0:
+        raise InputError(f"temperature {temperature}", "is not above 0", "use 1 (paper) or .07 (released code)")
+    if prototypes.ndim != 3 or len(prototypes) < 2:
+        rule = "are not (N, K, D) of at least two classes, without which there is nothing to contrast with"
+        raise InputError(f"prototypes of shape {tuple(prototypes.shape)}", rule, "give the prototypes of all classes")
+    expected = (len(classes), prototypes.shape[2])
+    for name, each in (("foreground", foreground), ("background", background)):
+        if each.shape != expected:
+            rule = f"is {tuple(each.shape)}; {len(classes)} pairs and these prototypes need {expected}"
+            raise InputError(name, rule, "give one feature a pair, of the encoder that made the prototypes")
