@@ -26,6 +26,19 @@ def test_methods_shows_the_page_of_one(command):
     command("methods", "cim").refused("cim", "cam")
 
 
+def test_methods_lists_the_image_encoders_with_licence_and_access(command):
+    from tissuehint.nn.image_encoder_catalog import CATALOG
+
+    outcome = command("methods", "--encoders")
+    assert outcome.code == 0
+    for name, row in CATALOG.items():
+        line = next(line for line in outcome.out.splitlines() if line.split()[:1] == [name])
+        assert all(text in line for text in (row.what, str(row.dim), str(row.side), row.hub or "", row.licence))
+        assert line.endswith(row.access)
+    assert "timm" in outcome.out.splitlines()[-1]
+    command("methods", "cam", "--encoders").refused("cam", "--encoders")
+
+
 def test_a_broken_plug_in_does_not_hide_the_others(command, monkeypatch):
     monkeypatch.setitem(METHODS, "broken", "tissuehint.methods.nothing:Broken")
     outcome = command("methods")

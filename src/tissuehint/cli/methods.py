@@ -11,12 +11,17 @@ import typer
 
 def methods(
     name: Annotated[str | None, typer.Argument(help="Show the page of this method.")] = None,
+    encoders: Annotated[
+        bool, typer.Option("--encoders", help="List the frozen image encoders, with licence and access.")
+    ] = False,
 ) -> None:
     """List the methods.
 
     Hint, idea and shipped recipes; with a name, the page of that method.
     """
-    if name is None:
+    if encoders:
+        _encoders(name)
+    elif name is None:
         _list()
     else:
         _page(name)
@@ -34,6 +39,22 @@ def _list() -> None:
         rows.append([name, *_hint_and_idea(name), ", ".join(own) or "-"])
     table("", ["method", "hint", "idea", "recipes"], rows, wrap=2)
     say("more: tissuehint methods NAME; use: tissuehint run RECIPE")
+
+
+def _encoders(name: str | None) -> None:
+    from tissuehint.cli.output import say, table
+    from tissuehint.errors import InputError
+    from tissuehint.nn.image_encoder_catalog import CATALOG
+
+    if name is not None:
+        raise InputError(f"methods {name} --encoders", "are two questions", f"leave out {name} or --encoders")
+    heads = ["encoder", "architecture; training images", "D", "px", "hub", "licence of weights", "access"]
+    rows = [
+        [row.name, row.what, str(row.dim), str(row.side), row.hub or "none, see the how-to", row.licence, row.access]
+        for row in CATALOG.values()
+    ]
+    table("", heads, rows, wrap=6)
+    say("any name of timm is an image encoder too (resnet50, vit_small_patch16_224): see timm.list_models()")
 
 
 def _hint_and_idea(name: str) -> tuple[str, str]:
