@@ -13,6 +13,7 @@ ENTRY_POINT_GROUP = "tissuehint.methods"
 METHODS = {
     "cam": "tissuehint.methods.cam:CAM",
     "gland": "tissuehint.methods.gland:Gland",
+    "pbip": "tissuehint.methods.pbip:PBIP",
     "cvm": "tissuehint.methods.cvm:CVM",
 }
 

@@ -10,6 +10,7 @@ UNET = {"architecture": "unet", "encoder": ENCODER, "decoder": {"encoder_depth":
 # the compared methods that bring modules or randomness of their own; tests/methods has the others
 COMPARED = ("mean_teacher", "dual_branch", "mixmatch")
 FAST = {"name": "adamw", "learning_rate": 1e-3, "head_multiplier": 5, "power": 0}
+FROZEN = {"name": "test_resnet", "side": 64}  # an image encoder
 
 # name -> settings of its cases; several where a setting takes another path through the method
 TINY = {
@@ -32,6 +33,24 @@ TINY = {
             "attention_levels": [-2],
             "pyramid_scales": [2, 4],
             "optimization": FAST,
+        },
+    ],
+    "pbip": [
+        {
+            "encoder": ENCODER,
+            "image_encoder": FROZEN,
+            "bank": {"prototypes_per_class": 1, "images_per_prototype": 2},
+            "scale": 2.0,  # batch norm's running means of six steps are rough, and 14 makes the most of it
+            "optimization": FAST,
+        },
+        {
+            "encoder": {"name": "hf:mit_b0", "output_stride": 16},
+            "image_encoder": FROZEN,
+            "bank": {"prototypes_per_class": [2, 1, 2], "multi_tag_fallback": True, "selection": "random"},
+            "matching": {"form": "prototype", "maps": "coarsest", "temperature": 0.07, "sparsity": 5e-4, "chunk": 3},
+            "merge": "softmax",
+            "normalize_prototypes": False,
+            "optimization": {**FAST, "learning_rate": 2e-4},
         },
     ],
     "cvm": [

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from tissuehint.cli import compare, data, demo, doctor, evaluate, methods, predict, report, run, segment
+from tissuehint.cli import bank, compare, data, demo, doctor, evaluate, methods, predict, report, run, segment
 from tissuehint.cli.failures import DEBUG_VARIABLE, FAILED, INTERRUPTED, describe
 
 __all__ = ["app", "main"]
@@ -54,6 +54,7 @@ app.command("demo")(demo.demo)
 app.command("run")(run.run)
 app.command("compare", context_settings={"ignore_unknown_options": True})(compare.compare)
 app.add_typer(data.app, name="data")
+app.add_typer(bank.app, name="bank")
 app.command("methods")(methods.methods)
 app.command("predict")(predict.predict)
 app.command("segment")(segment.segment)

@@ -85,7 +85,7 @@ def _carry_out_one(recipe: Recipe) -> Finished:
     if is_writer():
         _announce(folder, recipe)
     started = time.monotonic()
-    with _no_remains(folder):
+    with no_remains(folder):
         result = Experiment(recipe).run()
     return Finished(result, time.monotonic() - started)
 
@@ -108,7 +108,7 @@ def _wanted(recipe: Recipe) -> list[str]:
 
 
 @contextmanager
-def _no_remains(folder: Path) -> Iterator[None]:
+def no_remains(folder: Path) -> Iterator[None]:
     """Remove a run directory that was made in here and in which nothing was finished when the input was refused."""
     made_here = [path for path in (folder, *folder.parents) if not path.exists()]
     try:

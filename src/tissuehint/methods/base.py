@@ -266,11 +266,15 @@ class TagMethod(WeakMethod):
         Returns:
             (B,K,H,W), K = C, or C + 1 with white.
         """
-        active = F.relu(F.interpolate(maps.float(), images.shape[-2:], mode="bilinear", align_corners=False))
-        active = active / active.amax((2, 3), keepdim=True).clamp_min(1e-8)
+        active = self.activation(F.interpolate(maps.float(), images.shape[-2:], mode="bilinear", align_corners=False))
         weights = (active + 1e-4) * gate[:, :, None, None]
         shares = weights / weights.sum(1, keepdim=True).clamp_min(1e-8)
         return self.config.split_white(shares, images, self.labels)
+
+    def activation(self, maps: Tensor) -> Tensor:
+        """What of class maps (B,C,H,W) speaks for a class: the part above 0, its largest value scaled to 1."""
+        active = F.relu(maps)
+        return active / active.amax((2, 3), keepdim=True).clamp_min(1e-8)
 
 
 def _view(images: Tensor, axes: tuple[int, ...], scale: float, intensity: float) -> Tensor:

@@ -38,8 +38,8 @@ def spherical_kmeans(features: Tensor, k: int, *, restarts: int = RESTARTS, seed
     Lloyd's iteration: each feature goes to the centre with the largest cosine, each centre becomes the normalised sum
     of its normalised features; neither step can lower the sum. Starts are drawn as in k-means++ (Arthur and
     Vassilvitskii 2007) with the cosine distance as weight, which on the sphere is half the squared Euclidean one. All
-    restarts run side by side as one batch on the device of the features; the one with the largest sum is returned. A cluster that
-    runs empty takes the feature that fits worst where it is, so that every cluster keeps at least one.
+    restarts run side by side as one batch on the device of the features; the one with the largest sum is returned. A
+    cluster that runs empty takes the feature that fits worst where it is, so that every cluster keeps at least one.
 
     Distance: Tang et al., PBIP, CVPR 2025, Eq. 1. Algorithm: Dhillon and Modha, Concept decompositions for large sparse
     text data using clustering, Machine Learning 42, 2001.

@@ -31,7 +31,7 @@ LAYER_TITLES = {
 }
 MASKS = frozenset({"truth", "pseudo_mask", "prediction"})
 # what Pillow raises for files that are missing, damaged or absurdly large
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 _FIRST_SHOWN = ("prediction", "tissue_map", "pseudo_mask", "truth")
 
 
@@ -67,8 +67,8 @@ def legend(labels: LabelSpace | None) -> Markup:
     return tag("ul", *keys, class_="legend", aria_label="Classes")
 
 
-def data_uri(path: Path, mask: bool, labels: LabelSpace | None) -> tuple[str, int, int]:
-    """A picture as data URI and its width and height, at most ``LONG_SIDE`` pixels long.
+def data_uri(path: Path, mask: bool, labels: LabelSpace | None, long_side: int = LONG_SIDE) -> tuple[str, int, int]:
+    """A picture as data URI and its width and height, at most ``long_side`` pixels long.
 
     Every picture is encoded anew, so that no metadata of the original (a patient's name in EXIF, say) comes along.
     Class masks keep their palette and are never blended; other pictures become JPEG.
@@ -88,7 +88,7 @@ def data_uri(path: Path, mask: bool, labels: LabelSpace | None) -> tuple[str, in
     indexed = mask and picture.mode in ("P", "L", "1")
     if indexed and picture.mode != "P" and labels is not None:
         picture = _coloured(picture, labels)
-    picture = _fitted(picture if indexed else picture.convert("RGB"), smooth=not indexed)
+    picture = _fitted(picture if indexed else picture.convert("RGB"), long_side, smooth=not indexed)
     buffer = io.BytesIO()
     if indexed:
         picture.save(buffer, format="PNG", optimize=True)
@@ -98,10 +98,10 @@ def data_uri(path: Path, mask: bool, labels: LabelSpace | None) -> tuple[str, in
     return f"data:image/{'png' if indexed else 'jpeg'};base64,{code}", picture.width, picture.height
 
 
-def _fitted(picture: Image, smooth: bool) -> Image:
+def _fitted(picture: Image, long_side: int, smooth: bool) -> Image:
     from PIL import Image as Images
 
-    scale = LONG_SIDE / max(picture.size)
+    scale = long_side / max(picture.size)
     if scale < 1:
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
         picture = picture.resize(size, Images.Resampling.LANCZOS if smooth else Images.Resampling.NEAREST)
@@ -125,7 +125,7 @@ def _item(item: GalleryItem, index: int, record: RunRecord, layers: Sequence[str
             continue
         try:
             figures.append(_figure(item, layer, record))
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             lost.append(f"{layer_title(layer)} ({item.layers[layer]}) cannot be shown: {_reason(error)}")
     heading = f"image-{index}"
     told = f"mIoU {decimal(item.miou)}{_protocol(record)}"

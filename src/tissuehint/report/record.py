@@ -69,6 +69,7 @@ class RunRecord:
     problems: tuple[str, ...]
     notes: tuple[str, ...] = ()
     folds: tuple[str, ...] = ()
+    prepared: Mapping[str, Any] | None = None
 
     def expected(self, stage: str) -> bool:
         """Whether the recipe asks for a stage, or its folder is there."""
@@ -94,6 +95,7 @@ def read_run(folder: Path) -> RunRecord:
     recipe, recipe_text = _read_recipe(folder / "recipe.yaml")
     scores = _read_json(folder, "scores.json", problems)
     model = _read_json(folder, "model/model.json", problems)
+    prepared = _read_json(folder, "stage1/prepared/pictures.json", problems)
     curves = {stage: _read_curves(folder, f"{stage}/metrics.csv", problems) for stage in STAGES}
     done = {stage: _read_json(folder, f"{stage}/done.json", problems) for stage in STAGES}
     ratio = (scores or {}).get("weak_full_ratio")
@@ -113,6 +115,7 @@ def read_run(folder: Path) -> RunRecord:
         problems=tuple(problems),
         notes=_texts(scores, "notes", problems),
         folds=_texts(scores, "runs", problems),
+        prepared=prepared,
     )
 
 

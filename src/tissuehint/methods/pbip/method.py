@@ -1,0 +1,59 @@
+"""PBIP as a weak method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tissuehint.data.module import TissueData
+from tissuehint.errors import InputError
+from tissuehint.labels import LabelSpace
+from tissuehint.methods.base import MethodConfig
+from tissuehint.methods.pbip.bank import Bank
+from tissuehint.methods.pbip.bank_files import load_or_build, read_bank
+from tissuehint.methods.pbip.config import PBIPConfig
+from tissuehint.methods.prototypes import PrototypeMethod
+
+
+class PBIP(PrototypeMethod):
+    """Cluster single-tissue patches into prototypes, train a classifier whose class maps are similarities to them.
+
+    What a class map cuts out of an image must look like the prototypes of its class to a frozen encoder, what it leaves
+    like those of other classes.
+
+    Source: Tang et al., Prototype-Based Image Prompting for Weakly Supervised Histopathological Image Segmentation,
+    CVPR 2025.
+    """
+
+    Config: ClassVar[type[MethodConfig]] = PBIPConfig
+    config: PBIPConfig
+    bank_prototypes: Tensor
+
+    def __init__(self, config: PBIPConfig, labels: LabelSpace) -> None:
+        super().__init__(config, labels, config.bank.counts(labels))
+        self.register_buffer("bank_prototypes", torch.zeros(sum(self.counts), self.dim))
+
+    def prototypes(self) -> Tensor:
+        """(L,D) of the image bank, unit vectors; they are not trained, but their projections are."""
+        return self.bank_prototypes
+
+    def prepare(self, data: TissueData, cache: Path) -> None:
+        """Build the image bank from the training patches, or read it where ``cache`` has that of the same inputs."""
+        items = data.hints("train", self.supervision)
+        bank = load_or_build(cache, items, data.labels, self.config.bank, self.image_encoder, self.device)
+        self.bank_prototypes.copy_(bank.prototypes)
+
+    @staticmethod
+    def read_bank(cache: Path) -> Bank:
+        """The bank that ``prepare`` left in a folder.
+
+        Raises:
+            InputError: there is none.
+        """
+        kept = read_bank(cache)
+        if kept is None:
+            raise InputError(cache, "holds no image bank", "run the recipe, or tissuehint bank score")
+        return kept[0]
