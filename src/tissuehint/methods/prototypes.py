@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +88,7 @@ class PrototypeMethod(TagMethod):
         counts: prototypes of each tissue class.
     """
 
+    channels_last: ClassVar[bool] = True
     config: PrototypeConfig
 
     def __init__(self, config: PrototypeConfig, labels: LabelSpace, counts: tuple[int, ...]) -> None:
@@ -106,7 +107,9 @@ class PrototypeMethod(TagMethod):
     def image_encoder(self) -> ImageEncoder:
         """The frozen encoder, on the device of the method; read from its file at the first use."""
         if not self._image_encoder:
-            self._image_encoder = (build_image_encoder(self.config.image_encoder),)
+            encoder = build_image_encoder(self.config.image_encoder)
+            # the memory order that convolutions like best: about half the time on a CPU
+            self._image_encoder = (encoder.to(memory_format=torch.channels_last),)
         return self._image_encoder[0].to(self.device)
 
     def see(self, images: Tensor) -> LevelMaps:
@@ -190,7 +193,7 @@ class PrototypeMethod(TagMethod):
         losses = masked_image_losses(
             front if config.foreground > 0 else None,
             back if config.background > 0 else None,
-            encoder.normalization(encoder.resize(batch.images)),
+            encoder.normalization(encoder.resize(batch.images)).contiguous(memory_format=torch.channels_last),
             pairs,
             by_class(prototypes, self.counts),
             encoder.encode,

@@ -15,9 +15,11 @@ class PBIPConfig(PrototypeConfig):
 
     Args:
         bank: how prototypes are made from the training images.
+        level_weights: as in ``PrototypeSettings``; the default is the unweighted sum of Eq. 8.
     """
 
     name: Literal["pbip"] = "pbip"
+    level_weights: tuple[float, ...] = (1.0, 1.0, 1.0)
     bank: BankConfig = BankConfig()
 
     @model_validator(mode="after")
