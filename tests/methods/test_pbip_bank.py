@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -531,7 +531,6 @@ class TestCache:
         self.load(tmp_path / "bank", encoder, found)
         assert len(built) == 2
 
-    @pytest.mark.xfail(strict=True, reason="of an image file only the size in bytes is in the hash")
     def test_a_file_with_other_pixels_builds_anew(self, encoder, tmp_path, built):
         found = in_files(tmp_path, records(3), suffix=".bmp")
         self.load(tmp_path / "bank", encoder, found)
@@ -580,7 +579,6 @@ class TestCache:
         "other counts": lambda folder: change_card(folder, lambda card: card["bank"].update(counts=[1, 1, 1])),
     }
 
-    @pytest.mark.xfail(strict=True, reason="what does not fit together is read, or is no InputError")
     @pytest.mark.parametrize("lie", LIES)
     def test_a_bank_that_does_not_fit_together_is_named(self, encoder, tmp_path, lie):
         self.load(tmp_path, encoder)
@@ -615,14 +613,18 @@ class TestCache:
         assert self.load(tmp_path, encoder, config=other).counts == (1, 1, 1)
         assert len(built) == 3
 
-    def test_to_dict_and_back(self, encoder):
-        bank = build_bank(items_of(records(3)), LABELS, SMALL, encoder)
-        bank = replace(bank, notes=("a note",))
-        written = json.loads(json.dumps(bank.to_dict()))
-        again = Bank.from_dict(written, bank.prototypes)
-        assert again == replace(bank, prototypes=again.prototypes)
-        assert again.sub_classes == bank.sub_classes
-        assert isinstance(again.sub_classes[0].images, tuple)
+    def test_what_is_read_is_what_was_written(self, encoder, tmp_path):
+        found = [record(f"pair_{n}", n, *((0, 1), (1, 2), (0, 2))[n % 3]) for n in range(9)]
+        config = SMALL.model_copy(update={"multi_tag_fallback": True})
+        bank = self.load(tmp_path, encoder, found, config)
+        again, _ = read_bank(tmp_path)
+        assert bank.notes
+        for name in (each.name for each in fields(Bank)):
+            one, two = getattr(bank, name), getattr(again, name)
+            assert type(one) is type(two), name
+            assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two, name
+        written = bank.to_dict()
+        assert json.loads(json.dumps(written))["sub_classes"][1]["images"] == list(bank.sub_classes[1].images)
         assert "prototypes" not in written
 
 
@@ -655,7 +657,8 @@ def fewer_prototypes(folder):
     from safetensors.torch import load_file, save_file
 
     path = str(folder / "bank.safetensors")
-    save_file({"prototypes": load_file(path)["prototypes"][:-1].clone()}, path)
+    vectors = load_file(path)
+    save_file({**vectors, "prototypes": vectors["prototypes"][:-1].clone()}, path)
 
 
 class TestPictures:
