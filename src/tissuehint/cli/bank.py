@@ -44,7 +44,8 @@ def score(
     method, data, folder = _bank_of(recipe, override or [])
     bank = method.read_bank(folder)
     items = data.hints(split, "tags")
-    found = score_bank(items, bank, method.image_encoder, nearest=similarity == "nearest")
+    nearest = similarity == "nearest"
+    found = score_bank(items, bank, method.image_encoder, device=method.device, nearest=nearest)
     _print(found, data.labels, f"{split}, {int(found.confusion.sum())} patches with a single tag")
     for note in bank.notes:
         say(f"note  {note}")
@@ -69,15 +70,18 @@ def _bank_of(recipe: str, overrides: list[str]) -> tuple[Any, Any, Path]:
     import torch
 
     from tissuehint.cli.experiments import no_remains
+    from tissuehint.data.folds import fold_dataset
     from tissuehint.data.module import TissueData, load_dataset
     from tissuehint.errors import InputError
     from tissuehint.methods.pbip import PBIP
+    from tissuehint.pipeline.cross_validation import chosen_fold
     from tissuehint.pipeline.directory import RECIPE_FILE, RunDirectory
     from tissuehint.pipeline.inference import inference_device
     from tissuehint.pipeline.recipe import load_recipe, parse_override
 
     place = Path(recipe)
     if place.is_dir():
+        place = place.resolve()
         if overrides:
             rule = "is the directory of a run, whose recipe is settled"
             raise InputError(place, rule, "give the name of a recipe with -o, or leave -o out")
@@ -88,7 +92,15 @@ def _bank_of(recipe: str, overrides: list[str]) -> tuple[Any, Any, Path]:
     if config is None or config.name != "pbip":
         name = "none" if config is None else config.name
         raise InputError(f"method {name}", "has no image bank", "give a recipe of pbip")
-    data = TissueData(load_dataset(checked.data), checked.data, checked.seed)
+    dataset = load_dataset(checked.data)
+    if checked.cross_validation is not None:
+        if checked.cross_validation.fold is None:
+            rule = "has a bank in each fold, made of other training images"
+            raise InputError("recipe with cross_validation", rule, "choose one: -o cross_validation.fold=0")
+        checked = chosen_fold(checked)
+        assert checked.cross_validation is not None
+        dataset = fold_dataset(dataset, checked.cross_validation)
+    data = TissueData(dataset, checked.data, checked.seed)
     torch.manual_seed(checked.seed)
     method = PBIP(config, data.labels).to(inference_device(checked.trainer))  # type: ignore[arg-type]
     run = RunDirectory.open(checked, writer=False)

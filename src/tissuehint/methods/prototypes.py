@@ -103,6 +103,10 @@ class PrototypeMethod(TagMethod):
         """(L,D) in the space of the frozen encoder, classes in order."""
         raise NotImplementedError
 
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Vectors (b,D) of pictures that are normalised for the frozen encoder, in the space of the prototypes."""
+        return self.image_encoder.encode(pictures)
+
     @property
     def image_encoder(self) -> ImageEncoder:
         """The frozen encoder, on the device of the method; read from its file at the first use."""
@@ -196,7 +200,7 @@ class PrototypeMethod(TagMethod):
             encoder.normalization(encoder.resize(batch.images)).contiguous(memory_format=torch.channels_last),
             pairs,
             by_class(prototypes, self.counts),
-            encoder.encode,
+            self.encode,
             temperature=config.temperature,
             form=config.form,
             counts=self.counts,

@@ -91,11 +91,13 @@ def matching_losses(
     """
     _check(foreground, background, prototypes, classes, temperature, form)
     present = _present(prototypes, counts)
-    unit = F.normalize(prototypes.to(_precise(prototypes)), dim=2)
-    front, back = _cosines(foreground, unit), _cosines(background, unit)
-    if form == "class":
-        return _class_form(front, back, classes, present, temperature)
-    return _prototype_form(front, back, classes, present, temperature, own)
+    with torch.autocast(foreground.device.type, enabled=False):  # cosines over a small temperature need their digits
+        filled = prototypes.to(_precise(prototypes)).masked_fill(~present[0][..., None], 0)
+        unit = F.normalize(filled, dim=2)
+        front, back = _cosines(foreground, unit), _cosines(background, unit)
+        if form == "class":
+            return _class_form(front, back, classes, present, temperature)
+        return _prototype_form(front, back, classes, present, temperature, own)
 
 
 def masked_image_losses(
@@ -137,12 +139,23 @@ def masked_image_losses(
         L_FG and L_BG, or None for what was left out; differentiable once.
 
     Raises:
-        InputError: as ``matching_losses``; in the prototype form, pairs without own prototype where one of the two
-            losses is left out.
+        InputError: as ``matching_losses``; weights of another shape; a chunk below 1; in the prototype form, pairs
+            without own prototype where the foreground is left out.
     """
     if foreground is None and background is None:
         return None, None
-    settings = _Settings(pairs, encode, temperature, form, None if counts is None else tuple(counts), chunk)
+    if chunk < 1:
+        raise InputError(f"chunk {chunk}", "is below 1", "give the number of pairs at a time")
+    wanted = (len(pairs.classes), *images.shape[-2:])
+    for name, each in (("foreground", foreground), ("background", background)):
+        if each is not None and tuple(each.shape) != wanted:
+            rule = f"is {tuple(each.shape)}; these pairs and images need {wanted}"
+            raise InputError(name, rule, "give one weight map a pair, at the size of the images")
+    needs = tuple(
+        torch.is_grad_enabled() and each is not None and each.requires_grad
+        for each in (foreground, background, prototypes)
+    )
+    settings = _Settings(pairs, encode, temperature, form, None if counts is None else tuple(counts), chunk, needs)
     if form == "prototype" and pairs.own is None and foreground is None:
         raise InputError("pairs", "have no own prototype, which the background loss needs", "give pairs.own")
     given = [each if each is not None else images.new_zeros(0) for each in (foreground, background)]
@@ -174,12 +187,14 @@ def adaptive_weights(maps: Tensor, threshold: float | None) -> tuple[Tensor, Ten
         >>> front.tolist(), [round(value, 2) for value in back.flatten().tolist()]
         ([[[1.0, 0.5, 0.0, 0.0]]], [0.0, 0.0, 0.9, 1.0])
     """
-    active = F.relu(maps)
-    scaled = active / active.amax((1, 2), keepdim=True).clamp_min(1e-8)
-    if threshold is None:
-        return scaled, 1 - scaled
-    chosen = ((scaled >= threshold) & (active.amax((1, 2), keepdim=True) > 0)).to(scaled)
-    return chosen * scaled, (1 - chosen) * (1 - scaled)
+    active = F.relu(maps.to(_precise(maps)))  # 1e-8 is 0 in half precision
+    highest = active.amax((1, 2), keepdim=True)
+    scaled = active / highest.clamp_min(1e-8)
+    front, back = scaled, 1 - scaled
+    if threshold is not None:
+        chosen = ((scaled >= threshold) & (highest > 0)).to(scaled)
+        front, back = chosen * front, (1 - chosen) * back
+    return front.to(maps.dtype), back.to(maps.dtype)
 
 
 def class_pairs(tags: Tensor) -> Pairs:
@@ -206,11 +221,14 @@ def prototype_pairs(tags: Tensor, scores: Tensor, counts: Sequence[int]) -> Pair
     """
     check_counts(counts, scores.shape[1])
     present = _present(scores.new_zeros(len(counts), max(counts), 1), counts)
-    grouped = scores.new_full((len(scores), len(counts), max(counts)), float("-inf"))
-    grouped[present.expand_as(grouped)] = scores.detach().float().to(grouped.dtype).flatten()
+    # in double precision, where the mean of equal scores is not below them by rounding
+    grouped = scores.new_full((len(scores), len(counts), max(counts)), float("-inf"), dtype=torch.float64)
+    grouped[present.expand_as(grouped)] = scores.detach().double().flatten()
     mean = grouped.masked_fill(~present, 0).sum(2, keepdim=True) / present.sum(2, keepdim=True)
+    highest = grouped.amax(2, keepdim=True)
+    spread = (highest - mean) > 1e-9 * highest.abs()
     first = torch.arange(max(counts), device=scores.device) == grouped.argmax(2, keepdim=True)
-    images, classes, own = (((grouped > mean) | first) & (tags > 0)[..., None]).nonzero(as_tuple=True)
+    images, classes, own = ((((grouped > mean) & spread) | first) & (tags > 0)[..., None]).nonzero(as_tuple=True)
     return Pairs(images, classes, own)
 
 
@@ -221,6 +239,7 @@ class _Settings(NamedTuple):
     form: Form
     counts: tuple[int, ...] | None
     chunk: int
+    needs: tuple[bool, ...]  # gradients of foreground, background and prototypes
 
 
 class _MaskedImages(torch.autograd.Function):
@@ -230,9 +249,8 @@ class _MaskedImages(torch.autograd.Function):
     def forward(
         ctx: Any, foreground: Tensor, background: Tensor, images: Tensor, prototypes: Tensor, settings: _Settings
     ) -> tuple[Tensor, Tensor]:
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
         weights = (foreground.detach(), background.detach())
-        work = _Chunks(weights, images.detach(), prototypes.detach(), settings, needs)
+        work = _Chunks(weights, images.detach(), prototypes.detach(), settings)
         for start in range(0, len(settings.pairs.classes), settings.chunk):
             work.add(slice(start, start + settings.chunk))
         ctx.save_for_backward(*work.of_weights, *work.of_prototypes)
@@ -261,10 +279,9 @@ class _Chunks:
         images: Tensor,
         prototypes: Tensor,
         settings: _Settings,
-        needs: tuple[bool, bool, bool],
     ) -> None:
         self.weights, self.images, self.prototypes = weights, images, prototypes
-        self.settings, self.needs = settings, needs
+        self.settings, self.needs = settings, settings.needs
         self.used = [bool(each.ndim == 3) for each in weights]
         precise = _precise(prototypes)
         self.total = [images.new_zeros((), dtype=precise) for _ in range(2)]
@@ -277,12 +294,15 @@ class _Chunks:
         originals = self.images[pairs.images[rows]]
         parts = [number for number in range(2) if self.used[number]]
         pictures = torch.cat([self.weights[number][rows][:, None] * originals for number in parts])
-        with torch.enable_grad():
-            pictures.requires_grad_(self.needs[0] or self.needs[1])
-            features = settings.encode(pictures)
-        leaves = features.detach().requires_grad_(pictures.requires_grad)
-        prototypes = self.prototypes.detach().requires_grad_(self.needs[2])
-        with torch.enable_grad():
+        differentiate = self.needs[0] or self.needs[1]
+        with torch.set_grad_enabled(any(self.needs)):
+            features = settings.encode(pictures.requires_grad_() if differentiate else pictures)
+        leaves, prototypes = features.detach(), self.prototypes.detach()
+        if differentiate:
+            leaves.requires_grad_()
+        if self.needs[2]:
+            prototypes.requires_grad_()
+        with torch.set_grad_enabled(any(self.needs)):
             losses = self._losses(leaves, prototypes, rows, parts)
         slope = torch.zeros_like(leaves)
         for number in parts:
@@ -299,7 +319,7 @@ class _Chunks:
                     slope += gradient
                 else:
                     self.of_prototypes[number] += gradient
-        if pictures.requires_grad:
+        if differentiate:
             (of_pictures,) = torch.autograd.grad(features, pictures, slope)
             for number, gradient in zip(parts, of_pictures.chunk(len(parts)), strict=True):
                 self.of_weights[number][rows] = (gradient * originals).sum(1)

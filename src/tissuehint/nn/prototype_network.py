@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from tissuehint.errors import InputError
 from tissuehint.nn.config import EncoderConfig
 from tissuehint.nn.encoders import build_encoder, check_side, pad_to_multiple
 from tissuehint.nn.prototypes import SCALE, Merge, PrototypeProjection, merge_prototypes, similarity_maps
@@ -29,6 +30,9 @@ class PrototypeSettings(BaseModel):
         fusion_weights: of the levels' class maps at inference, as many, fine to coarse.
         similarity: what makes the maps: ``cosine`` to the projected prototypes, or ``convolution``, a 1x1 convolution
             with one channel a class in its place (PBIP, Table 4, without SIM).
+        center_prototypes: what is projected are the differences of the prototypes from their mean, scaled to a mean
+            length of 1: the prototypes of a frozen encoder lie in a narrow cone, and projections of near equal vectors
+            are near equal maps.
         normalize_prototypes: cosines (PBIP, Eq. 2; LPD), or only the pixels' features have length 1 (released PBIP).
         scale: start of the factor on the cosines of each level, from which logits are made.
         learned_scale: train these factors.
@@ -42,6 +46,7 @@ class PrototypeSettings(BaseModel):
     level_weights: tuple[float, ...] = LEVEL_WEIGHTS
     fusion_weights: tuple[float, ...] = FUSION_WEIGHTS
     similarity: Literal["cosine", "convolution"] = "cosine"
+    center_prototypes: bool = False
     normalize_prototypes: bool = True
     scale: float = Field(default=SCALE, gt=0)
     learned_scale: bool = True
@@ -94,6 +99,9 @@ class PrototypeNetwork(nn.Module):
             channel.
         dim: D, length of a prototype.
 
+    Raises:
+        InputError: all weights on levels that the encoder does not have.
+
     Attributes:
         counts: prototypes of each class, as the maps have them.
     """
@@ -103,6 +111,11 @@ class PrototypeNetwork(nn.Module):
         self.config = config
         self.encoder = build_encoder(config.encoder)
         self.levels = min(len(config.level_weights), len(self.encoder.channels))
+        for key in ("level_weights", "fusion_weights"):
+            weights = getattr(config, key)
+            if sum(weights[-self.levels :]) <= 0:
+                rule = f"has weight on levels only that '{config.encoder.name}' lacks, which has {self.levels}"
+                raise InputError(f"{key} {list(weights)}", rule, "give the coarsest levels, the last numbers, a weight")
         channels = self.encoder.channels[-self.levels :]
         self.projections, self.convolutions = nn.ModuleList(), nn.ModuleList()
         if config.similarity == "cosine":
@@ -152,5 +165,8 @@ class PrototypeNetwork(nn.Module):
         if self.config.similarity == "convolution":
             maps: Tensor = self.convolutions[level](features)
             return maps
+        if self.config.center_prototypes:
+            prototypes = prototypes - prototypes.mean(0)
+            prototypes = prototypes / prototypes.norm(dim=1).mean().clamp_min(1e-8)
         projected = self.projections[level](prototypes)
         return similarity_maps(features, projected, normalize_prototypes=self.config.normalize_prototypes)

@@ -56,11 +56,13 @@ def similarity_maps(
         raise InputError("prototypes", rule, "project them to the channels of the level")
     if normalize_prototypes:
         prototypes = F.normalize(prototypes, dim=-1)
-    # the maps are divided by the length of a cell, not the cells, which have many more numbers
-    length = torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp_min(1e-8)
+    # the maps are divided by the length of a cell, not the cells, which have many more numbers; 1e-8 is 0 in half
+    # precision, so lengths are of single precision at least
+    precise = torch.float64 if features.dtype == torch.float64 else torch.float32
+    length = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=precise).clamp_min(1e-8)
     products = torch.einsum("bdhw,...ld->blhw" if prototypes.ndim == 2 else "bdhw,bld->blhw", features, prototypes)
-    maps: Tensor = products * (scale / length)
-    return maps
+    maps: Tensor = products.to(precise) / length * scale
+    return maps.to(features.dtype)
 
 
 def merge_prototypes(values: Tensor, counts: Sequence[int], how: Merge = "mean") -> Tensor:
@@ -107,7 +109,12 @@ def check_counts(counts: Sequence[int], prototypes: int) -> None:
 
 
 def by_class(prototypes: Tensor, counts: Sequence[int]) -> Tensor:
-    """(L,D) prototypes as (N,K,D); classes with fewer than K = max(counts) are filled up with zeros."""
+    """(L,D) prototypes as (N,K,D); classes with fewer than K = max(counts) are filled up with zeros.
+
+    Raises:
+        InputError: counts that do not make up L.
+    """
+    check_counts(counts, len(prototypes))
     grouped, present = _grouped(prototypes[None], tuple(counts))
     return grouped[0] if present is None else (grouped * present)[0]
 
@@ -126,18 +133,25 @@ def _grouped(values: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor | 
     """(B,L,...) as (B,N,K,...), and which of these exist (1,N,K,1...) where classes differ in number."""
     if len(set(counts)) == 1:
         return values.reshape(len(values), len(counts), counts[0], *values.shape[2:]), None
-    index, present = _places(counts)
-    grouped = values[:, index.to(values.device)]
+    places, exists = _places(counts)
+    # tensors are made anew: one that was made in inference mode could not be kept for a backward pass
+    index = torch.tensor(places, device=values.device)
+    present = torch.tensor(exists, device=values.device)
+    grouped = values[:, index]
     return grouped, present.to(values).view(1, *present.shape, *([1] * (values.ndim - 2)))
 
 
 @cache
-def _places(counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """(N,K) index into the prototypes, and 1 where it stands for one of its own."""
-    starts = torch.tensor([0, *counts[:-1]]).cumsum(0)[:, None]
-    number = torch.arange(max(counts))[None]
-    present = number < torch.tensor(counts)[:, None]
-    return (starts + number * present), present
+def _places(counts: tuple[int, ...]) -> tuple[list[list[int]], list[list[bool]]]:
+    """(N,K) index into the prototypes, and whether it stands for one of its own."""
+    most = max(counts)
+    starts = [sum(counts[:number]) for number in range(len(counts))]
+    exists = [[number < count for number in range(most)] for count in counts]
+    places = [
+        [start + number if own else start for number, own in enumerate(row)]
+        for start, row in zip(starts, exists, strict=True)
+    ]
+    return places, exists
 
 
 class PrototypeProjection(nn.Sequential):

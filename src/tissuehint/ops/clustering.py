@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,8 @@ def spherical_kmeans(features: Tensor, k: int, *, restarts: int = RESTARTS, seed
 
     Lloyd's iteration: each feature goes to the centre with the largest cosine, each centre becomes the normalised sum
     of its normalised features; neither step can lower the sum. Starts are drawn as in k-means++ (Arthur and
-    Vassilvitskii 2007) with the cosine distance as weight, which on the sphere is half the squared Euclidean one. All
+    Vassilvitskii 2007) with the cosine distance as weight, which on the sphere is half the squared Euclidean one, each
+    the best of 2 + log k draws. All
     restarts run side by side as one batch on the device of the features; the one with the largest sum is returned. A
     cluster that runs empty takes the feature that fits worst where it is, so that every cluster keeps at least one.
 
@@ -65,8 +67,15 @@ def spherical_kmeans(features: Tensor, k: int, *, restarts: int = RESTARTS, seed
     points = _unit(features, k, restarts)
     centres = _starts(points, k, restarts, seed)
     labels = torch.full((restarts, len(points)), -1, device=points.device)
+    settled, tie = False, 4 * torch.finfo(points.dtype).eps
     for _ in range(ITERATIONS):
-        found = (centres @ points.T).argmax(1)
+        scores = centres @ points.T
+        highest, found = scores.max(1)
+        if settled:
+            # of equally near centres the old one: copies of a feature would wander by rounding for ever
+            own = scores.gather(1, labels[:, None])[:, 0]
+            found = torch.where(own >= highest - tie, labels, found)
+        settled = True
         found = _without_empty(points, centres, found, k)
         if torch.equal(found, labels):
             break
@@ -80,8 +89,13 @@ def spherical_kmeans(features: Tensor, k: int, *, restarts: int = RESTARTS, seed
 def _unit(features: Tensor, k: int, restarts: int) -> Tensor:
     if features.ndim != 2:
         raise InputError(f"features of shape {tuple(features.shape)}", "are not (M, D)", "give one row a feature")
+    if not features.shape[1]:
+        raise InputError(
+            f"features of shape {tuple(features.shape)}", "have no channels", "give features of some length"
+        )
     if not 1 <= k <= len(features):
-        raise InputError(f"k {k}", f"is not in 1..{len(features)}, the number of features", "ask for fewer clusters")
+        fix = "ask for at least one cluster" if k < 1 else "ask for fewer clusters"
+        raise InputError(f"k {k}", f"is not in 1..{len(features)}, the number of features", fix)
     if restarts < 1:
         raise InputError(f"restarts {restarts}", "is below 1", "use at least 1")
     points = features.detach()
@@ -96,20 +110,24 @@ def _unit(features: Tensor, k: int, restarts: int) -> Tensor:
 
 
 def _starts(points: Tensor, k: int, restarts: int, seed: int) -> Tensor:
-    """(R,k,D): features as first centres, far ones with a larger chance."""
+    """(R,k,D): features as first centres, far ones with a larger chance; of a few drawn ones the best for all."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.rand(restarts, k, generator=generator, dtype=torch.float64).to(points.device)
-    chosen = (drawn[:, 0] * len(points)).long().clamp_max(len(points) - 1)[:, None]
-    nearest = points.new_full((restarts, len(points)), -2)
+    tries = 2 + int(math.log(k))
+    drawn = torch.rand(restarts, k, tries, generator=generator, dtype=torch.float64).to(points.device)
+    chosen = (drawn[:, 0, :1] * len(points)).long().clamp_max(len(points) - 1)
+    nearest = points[chosen[:, 0]] @ points.T
     for turn in range(1, k):
-        nearest = torch.maximum(nearest, points[chosen[:, -1]] @ points.T)
         distance = (1 - nearest).clamp_min(0).double().scatter(1, chosen, 0)
         total = distance.cumsum(1)
         flat = total[:, -1:] <= 0  # all features lie on the chosen ones: any other will do
         others = torch.ones_like(distance).scatter(1, chosen, 0).cumsum(1)
         total = torch.where(flat, others, total)
-        place = torch.searchsorted(total, (drawn[:, turn : turn + 1] * total[:, -1:]).contiguous(), right=True)
-        chosen = torch.cat([chosen, place.clamp_max(len(points) - 1)], 1)
+        place = torch.searchsorted(total, drawn[:, turn] * total[:, -1:], right=True).clamp_max(len(points) - 1)
+        covered = torch.maximum(nearest[:, None], points[place] @ points.T)  # (R,tries,M)
+        best = covered.double().sum(2).argmax(1)
+        rows = torch.arange(restarts, device=points.device)
+        nearest = covered[rows, best]
+        chosen = torch.cat([chosen, place[rows, best][:, None]], 1)
     return points[chosen]
 
 

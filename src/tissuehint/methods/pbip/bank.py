@@ -37,6 +37,8 @@ class BankConfig(BaseModel):
         white_threshold: grey value in 0..255 above which a pixel is white.
         multi_tag_fallback: where a class has fewer than K patches that carry its tag alone, take its purest others
             (``purest``) instead of stopping.
+        center: compare what is left of the unit features when the mean over all single-tag candidates is taken away.
+            Features of encoders that were not trained on tissue lie in a narrow cone, where every cosine is near 1.
         restarts: of the clustering.
         seed: of the clustering and of ``random``.
     """
@@ -49,6 +51,7 @@ class BankConfig(BaseModel):
     max_white: float = Field(default=0.3, ge=0, le=1)
     white_threshold: int = Field(default=200, ge=0, le=255)
     multi_tag_fallback: bool = False
+    center: bool = False
     restarts: int = Field(default=RESTARTS, ge=1)
     seed: int = Field(default=0, ge=0)
 
@@ -104,6 +107,7 @@ class Bank:
     Args:
         prototypes: (L,D) unit vectors, classes in order.
         counts: prototypes of each class; their sum is L.
+        center: (D,) what is taken away from unit features before they are compared; 0 without ``BankConfig.center``.
         sub_classes: L descriptions.
         candidates: patches of each class that were clustered.
         notes: what a reader of the results must know.
@@ -111,12 +115,13 @@ class Bank:
 
     prototypes: Tensor
     counts: tuple[int, ...]
+    center: Tensor
     sub_classes: tuple[SubClass, ...]
     candidates: tuple[int, ...]
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the prototypes, for JSON."""
+        """Everything but the vectors, for JSON."""
         return {
             "counts": list(self.counts),
             "candidates": list(self.candidates),
@@ -125,7 +130,7 @@ class Bank:
         }
 
     @classmethod
-    def from_dict(cls, found: dict[str, Any], prototypes: Tensor) -> Bank:
+    def from_dict(cls, found: dict[str, Any], prototypes: Tensor, center: Tensor) -> Bank:
         """Inverse of ``to_dict``."""
         lists = ("images", "items", "similarity")
         parts: list[dict[str, Any]] = [
@@ -135,6 +140,7 @@ class Bank:
         return cls(
             prototypes,
             tuple(found["counts"]),
+            center,
             tuple(SubClass(**each) for each in parts),
             tuple(found["candidates"]),
             tuple(found["notes"]),
@@ -147,7 +153,8 @@ def build_bank(
     r"""Cluster the patches of each class and take a prototype from every cluster.
 
     1. Candidates of class n: patches whose only tag is n and whose white share is at most ``max_white``.
-    2. Features x/||x|| of the frozen encoder, clustered by the cosine distance of Eq. 1 (``ops.clustering``).
+    2. Features x/||x|| of the frozen encoder (with ``center`` less the mean of all candidates), clustered by the cosine
+       distance of Eq. 1 (``ops.clustering``).
     3. Of each cluster the N_K images nearest to its centre; the prototype is the mean of their unit features, scaled
        to length 1 (only its direction is ever used).
 
@@ -170,20 +177,22 @@ def build_bank(
     single = single_tags(tags)
     found = bank_features(items, np.flatnonzero(single >= 0), encoder, config, device)
     found = found.where(found.white <= config.max_white)
+    center = found.features.mean(0) if config.center and len(found.items) else torch.zeros(encoder.dim, device=device)
     groups, notes = [], []
     for number, name in enumerate(labels.names[: labels.num_tissue]):
         own = found.where(single[found.items] == number)
         if len(own.items) < counts[number]:
             own = _fallback(items, tags, number, name, own, found, single, config, counts[number], encoder, device)
             notes.append(f"Prototypes of {name} come from patches that also carry other tags (multi_tag_fallback).")
-        groups.append(own.sorted(items))
+        groups.append(own.sorted(items).centred(center))
     prototypes, sub_classes = [], []
     for number, own in enumerate(groups):
-        vectors, parts = _sub_classes(own, items, labels.names[number], counts[number], config)
-        prototypes.append(vectors)
+        made, parts = _sub_classes(own, items, labels.names[number], counts[number], config)
+        prototypes.append(made)
         sub_classes += parts
     sizes = tuple(len(own.items) for own in groups)
-    return Bank(torch.cat(prototypes).cpu().float(), counts, tuple(sub_classes), sizes, tuple(notes))
+    vectors, moved = torch.cat(prototypes).cpu().float(), center.cpu().float()
+    return Bank(vectors, counts, moved, tuple(sub_classes), sizes, tuple(notes))
 
 
 def need_tags(items: HintSet) -> NDArray[np.uint8]:

@@ -63,7 +63,7 @@ def load_or_build(
 def inputs_digest(items: HintSet, labels: LabelSpace, config: BankConfig, encoder: ImageEncoder) -> str:
     """SHA-256 of all that a bank is made from: patches with their tags, settings, classes, the encoder's weights.
 
-    Of an image its id and, where it is a file, the size of the file; of one in memory its pixels.
+    Of an image its id and the content of its file, or its pixels where it is in memory.
     """
     digest = hashlib.sha256()
     facts = {
@@ -76,11 +76,8 @@ def inputs_digest(items: HintSet, labels: LabelSpace, config: BankConfig, encode
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for record in items.records:
         image: Any = record.image
-        told = (
-            str(image.stat().st_size)
-            if isinstance(image, Path)
-            else hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
-        )
+        content = image.read_bytes() if isinstance(image, Path) else np.asarray(image).tobytes()
+        told = hashlib.sha256(content).hexdigest()
         digest.update(f"{record.id}\0{told}\0".encode())
     for values in (items.owner, items.corners, need_tags(items)):
         digest.update(np.ascontiguousarray(values).tobytes())
@@ -101,8 +98,13 @@ def read_bank(folder: Path) -> tuple[Bank, str] | None:
         return None
     try:
         found: dict[str, Any] = json.loads(card.read_text(encoding="utf-8"))
-        return Bank.from_dict(found["bank"], load_file(str(weights))["prototypes"]), str(found["inputs"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        vectors = load_file(str(weights))
+        bank = Bank.from_dict(found["bank"], vectors["prototypes"], vectors["center"])
+        numbers = {sum(bank.counts), len(bank.prototypes), len(bank.sub_classes)}
+        if len(numbers) > 1:
+            raise ValueError(f"{len(bank.prototypes)} prototypes of {len(bank.sub_classes)} sub-classes")
+        return bank, str(found["inputs"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         rule = f"is damaged ({' '.join(str(error).split())[:100]})"
         raise InputError(card, rule, "delete the folder, and the bank is made anew") from None
 
@@ -121,7 +123,8 @@ def write_bank(folder: Path, bank: Bank, items: HintSet, labels: LabelSpace, inp
     shown = {"title": "Image bank", "text": _text(bank), "pictures": pictures}
     write_json(folder / PICTURES, shown)
     with atomic_path(folder / PROTOTYPES) as part:
-        save_file({"prototypes": bank.prototypes.contiguous()}, str(part))
+        vectors = {"prototypes": bank.prototypes.contiguous(), "center": bank.center.contiguous()}
+        save_file(vectors, str(part))
     write_json(folder / CARD, {"format": FORMAT, "inputs": inputs, "bank": bank.to_dict()})
 
 

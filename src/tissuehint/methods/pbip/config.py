@@ -15,11 +15,13 @@ class PBIPConfig(PrototypeConfig):
 
     Args:
         bank: how prototypes are made from the training images.
+        center_prototypes: as in ``PrototypeSettings``.
         level_weights: as in ``PrototypeSettings``; the default is the unweighted sum of Eq. 8.
     """
 
     name: Literal["pbip"] = "pbip"
     level_weights: tuple[float, ...] = (1.0, 1.0, 1.0)
+    center_prototypes: bool = True
     bank: BankConfig = BankConfig()
 
     @model_validator(mode="after")

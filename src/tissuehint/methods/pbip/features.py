@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,10 @@ class Features:
     def where(self, chosen: NDArray[np.bool_]) -> Features:
         """Those that are chosen."""
         return self.at(np.flatnonzero(chosen))
+
+    def centred(self, center: Tensor) -> Features:
+        """The same patches, with unit vectors of what is left of the features without ``center`` (D,)."""
+        return replace(self, features=F.normalize(self.features - center.to(self.features), dim=1))
 
     def joined(self, other: Features) -> Features:
         """These and others."""

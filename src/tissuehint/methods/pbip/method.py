@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tissuehint.data.module import TissueData
@@ -31,20 +32,28 @@ class PBIP(PrototypeMethod):
     Config: ClassVar[type[MethodConfig]] = PBIPConfig
     config: PBIPConfig
     bank_prototypes: Tensor
+    bank_center: Tensor
 
     def __init__(self, config: PBIPConfig, labels: LabelSpace) -> None:
         super().__init__(config, labels, config.bank.counts(labels))
         self.register_buffer("bank_prototypes", torch.zeros(sum(self.counts), self.dim))
+        self.register_buffer("bank_center", torch.zeros(self.dim))
 
     def prototypes(self) -> Tensor:
         """(L,D) of the image bank, unit vectors; they are not trained, but their projections are."""
         return self.bank_prototypes
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Vectors (b,D) of normalised pictures in the space of the bank."""
+        features = self.image_encoder.encode(pictures)
+        return F.normalize(features, dim=1) - self.bank_center if self.config.bank.center else features
 
     def prepare(self, data: TissueData, cache: Path) -> None:
         """Build the image bank from the training patches, or read it where ``cache`` has that of the same inputs."""
         items = data.hints("train", self.supervision)
         bank = load_or_build(cache, items, data.labels, self.config.bank, self.image_encoder, self.device)
         self.bank_prototypes.copy_(bank.prototypes)
+        self.bank_center.copy_(bank.center)
 
     @staticmethod
     def read_bank(cache: Path) -> Bank:

@@ -63,7 +63,7 @@ def score_bank(
     places = np.flatnonzero(single >= 0)
     if not len(places):
         raise InputError("split", "has no patch with a single tag", "choose another split, or smaller patches")
-    features = bank_features(items, places, encoder, BankConfig(), device).features.cpu()
+    features = bank_features(items, places, encoder, BankConfig(), device).centred(bank.center).features.cpu()
     given = classify(features, bank.prototypes, bank.counts, nearest=nearest).numpy()
     confusion = np.zeros((len(bank.counts),) * 2, np.int64)
     np.add.at(confusion, (single[places], given), 1)
