@@ -796,3 +796,78 @@ def test_prepare_gives_the_prototypes_to_the_method(tmp_path):
     torch.testing.assert_close(method.prototypes(), bank.prototypes)
     assert torch.equal(method.state_dict()["bank_prototypes"], method.prototypes())
     assert PBIP.read_bank(tmp_path).to_dict() == bank.to_dict()
+
+
+class TestCenter:
+    def unit(self, encoder, found):
+        """Unit features in float64 of the single-tag patches, and their classes."""
+        items = items_of(found)
+        with torch.no_grad():
+            images = torch.stack([items.sample(place).image for place in range(len(items))])
+            vectors = F.normalize(encoder(images).double(), dim=1).numpy()
+        classes = single_tags(items.tags)
+        return vectors[classes >= 0], classes[classes >= 0]
+
+    def test_prototypes_are_means_of_what_is_left_without_the_mean(self, encoder):
+        found = records(4)
+        config = BankConfig(prototypes_per_class=1, center=True)
+        bank = build_bank(items_of(found), LABELS, config, encoder)
+        vectors, classes = self.unit(encoder, found)
+        mean = vectors.mean(0)
+        np.testing.assert_allclose(bank.center.numpy(), mean, atol=1e-5)
+        left = vectors - mean
+        left /= np.linalg.norm(left, axis=1, keepdims=True)
+        for number in range(3):
+            expected = left[classes == number].mean(0)
+            np.testing.assert_allclose(bank.prototypes[number].numpy(), expected / np.linalg.norm(expected), atol=1e-4)
+
+    def test_without_it_nothing_is_taken_away(self, encoder):
+        bank = build_bank(items_of(records(4)), LABELS, BankConfig(prototypes_per_class=1), encoder)
+        assert not bank.center.any()
+
+    def test_patches_are_classified_in_the_same_space(self, encoder):
+        found = records(5)
+        bank = build_bank(items_of(found), LABELS, BankConfig(prototypes_per_class=1, center=True), encoder)
+        vectors, classes = self.unit(encoder, found)
+        left = torch.from_numpy(vectors - vectors.mean(0)).float()
+        given = classify(left, bank.prototypes, bank.counts).numpy()
+        expected = f1_score(classes, given, average="macro")
+        assert score_bank(items_of(found), bank, encoder).f1_mean == pytest.approx(expected)
+
+    def test_a_method_compares_in_the_same_space_after_saving(self, tmp_path):
+        from tissuehint.model import TissueModel
+
+        given = {"encoder": {"name": "test_resnet"}, "image_encoder": FROZEN}
+        config = PBIPConfig(bank={"prototypes_per_class": 1, "center": True}, **given)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RandomEncoderWarning)
+            method = PBIP(config, LABELS)
+            data = TissueData(
+                TissueDataset("bank", LABELS, {"train": tuple(records(4)), "val": (), "test": ()}),
+                DataConfig(source="fake", workers=0),
+            )
+            method.prepare(data, tmp_path / "prepared")
+            pictures = torch.rand(2, 3, 32, 32)
+            expected = F.normalize(method.image_encoder.encode(pictures), dim=1) - method.bank_center
+        assert method.bank_center.any()
+        torch.testing.assert_close(method.encode(pictures), expected)
+        TissueModel.from_method(method).save(tmp_path / "model")
+        loaded = TissueModel.load(tmp_path / "model").network
+        assert torch.equal(loaded.bank_center, method.bank_center)
+        assert torch.equal(loaded.bank_prototypes, method.bank_prototypes)
+
+
+def test_projected_are_the_differences_of_the_prototypes_from_their_mean():
+    given = {"encoder": {"name": "test_resnet"}, "image_encoder": FROZEN, "bank": {"prototypes_per_class": 1}}
+    method = PBIP(PBIPConfig(center_prototypes=True, **given), LABELS)
+    method.bank_prototypes.copy_(torch.randn_like(method.bank_prototypes))
+    seen = []
+    method.network.projections[0].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    method.see(torch.rand(1, 3, 64, 64))
+    values = method.bank_prototypes.double().numpy()
+    left = values - values.mean(0)
+    np.testing.assert_allclose(seen[0].numpy(), left / np.linalg.norm(left, axis=1).mean(), atol=1e-5)
+    method = PBIP(PBIPConfig(center_prototypes=False, **given), LABELS)
+    method.network.projections[0].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    method.see(torch.rand(1, 3, 64, 64))
+    assert seen[1] is method.bank_prototypes
