@@ -73,7 +73,7 @@ def scores_of(path):
 
 def test_table_and_file(command, recipe, tmp_path, built):
     outcome = command("bank", "score", recipe(), "--json", tmp_path / "scores.json")
-    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.code, [line for line in outcome.err.splitlines() if not line.startswith("warning: ")]) == (0, [])
     found = scores_of(tmp_path / "scores.json")
     assert found.keys() == {"split", "similarity", "f1_mean", "accuracy", "f1", "confusion"}
     assert (found["split"], found["similarity"]) == ("test", "mean")
@@ -349,3 +349,14 @@ def test_a_cross_validation_is_refused_or_finds_its_banks(command, recipe, tmp_p
     else:
         outcome.refused("fold")
         assert not (tmp_path / "runs").exists()
+
+
+def test_random_weights_are_one_line_on_stderr(command, recipe, tmp_path):
+    import subprocess
+    import sys
+
+    words = [sys.executable, "-m", "tissuehint", "bank", "score", str(recipe())]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("warning: image encoder 'test_resnet' has random weights")

@@ -78,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # warnings of the libraries below are for developers; our own are for users
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module="tissuehint")
+            warnings.showwarning = _warned
         try:
             words = None if arguments is None else list(arguments)
             code = app(args=words, prog_name="tissuehint", standalone_mode=False)
@@ -112,6 +113,11 @@ def _drop_output_that_cannot_be_written() -> None:
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, sys.stdout.fileno())
         os.close(sink)
+
+
+def _warned(message: Warning | str, *place: object, **others: object) -> None:
+    """One line, without the place in the code."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _said(line: str, code: int) -> int:
