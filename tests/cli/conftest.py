@@ -31,9 +31,9 @@ class Outcome:
     err: str
 
     def refused(self, *words: str) -> None:
-        """One line on stderr, beside warnings, that says all words; exit code 2, no traceback."""
+        """One line on stderr that says all words, exit code 2, no traceback."""
         assert self.code == 2, self
-        lines = [line for line in self.err.splitlines() if not line.startswith("warning: ")]
+        lines = self.err.splitlines()
         assert len(lines) == 1, self.err
         assert lines[0].startswith("error: ")
         assert "Traceback" not in self.out

@@ -91,10 +91,7 @@ class TestAgainstAllPartitions:
     def test_any_six_features_in_two_clusters(self, seed):
         features = normal(6, 3, seed=seed)
         found = spherical_kmeans(features, 2, restarts=60)
-        best = best_partition(features, 2)
-        assert (
-            best * (1 - 0.02) <= float(found.similarity.sum()) <= best * (1 + 1e-9)
-        )  # Lloyd's steps may end beside it
+        assert float(found.similarity.sum()) == pytest.approx(best_partition(features, 2), rel=1e-9)
 
     def test_more_restarts_are_never_worse(self):
         features = normal(60, 4)
@@ -206,7 +203,7 @@ class TestWhatAlwaysHolds:
     @few
     @given(st.integers(0, 10**6))
     def test_order_of_rows_on_blobs(self, seed):
-        features, _ = blobs((12, 9, 5), spread=0.3, seed=seed)
+        features, _ = blobs((12, 9, 5), spread=0.8, seed=seed)
         order = np.random.default_rng(seed).permutation(len(features))
         plain, shuffled = spherical_kmeans(features, 3), spherical_kmeans(features[order], 3)
         assert objective(features, plain.labels) == pytest.approx(objective(features[order], shuffled.labels), rel=1e-9)

@@ -37,14 +37,15 @@ def spherical_kmeans(features: Tensor, k: int, *, restarts: int = RESTARTS, seed
         \max_{\ell, c} \sum_m \frac{x_m \cdot c_{\ell(m)}}{\|x_m\|}, \qquad \|c_j\| = 1
 
     Lloyd's iteration: each feature goes to the centre with the largest cosine, each centre becomes the normalised sum
-    of its normalised features; neither step can lower the sum. Starts are drawn as in k-means++ (Arthur and
-    Vassilvitskii 2007) with the cosine distance as weight, which on the sphere is half the squared Euclidean one, each
-    the best of 2 + log k draws. All
-    restarts run side by side as one batch on the device of the features; the one with the largest sum is returned. A
-    cluster that runs empty takes the feature that fits worst where it is, so that every cluster keeps at least one.
+    of its normalised features; neither step can lower the sum. Where no step changes anything, the one feature moves
+    whose move raises the sum most (first variation). Starts are drawn as in k-means++ (Arthur and Vassilvitskii 2007)
+    with the cosine distance as weight, which on the sphere is half the squared Euclidean one, each the best of
+    2 + log k draws. All restarts run side by side as one batch on the device of the features; the one with the largest
+    sum is returned. A cluster that runs empty takes the feature that fits worst where it is, so that every cluster
+    keeps at least one.
 
     Distance: Tang et al., PBIP, CVPR 2025, Eq. 1. Algorithm: Dhillon and Modha, Concept decompositions for large sparse
-    text data using clustering, Machine Learning 42, 2001.
+    text data using clustering, Machine Learning 42, 2001; first variation: Dhillon, Guan and Kogan, ICDM 2002.
 
     Args:
         features: (M,D) of any length but 0.
@@ -78,12 +79,41 @@ def spherical_kmeans(features: Tensor, k: int, *, restarts: int = RESTARTS, seed
         settled = True
         found = _without_empty(points, centres, found, k)
         if torch.equal(found, labels):
-            break
+            moved = _moved(points, labels, k)
+            if moved is None:
+                break
+            found = moved
         labels = found
         centres = _sums(points, labels, k, centres)
     similarity = (centres @ points.T).gather(1, labels[:, None])[:, 0]
     best = int(similarity.double().sum(1).argmax())
     return _by_size(centres[best], labels[best], similarity[best])
+
+
+def _moved(points: Tensor, labels: Tensor, k: int) -> Tensor | None:
+    """Labels with the one move of each restart that raises its sum most; None where no move of any raises it.
+
+    Where no step of Lloyd's changes anything, a single feature may still be better off elsewhere, since both centres
+    turn with it: the sum of a cluster's cosines is the length of the sum of its features.
+    """
+    member = F.one_hot(labels, k).to(points.dtype)
+    sums = member.transpose(1, 2) @ points
+    length = sums.norm(dim=2)
+    products = sums @ points.T  # (R,k,M)
+    joined = (length[..., None] ** 2 + 2 * products + 1).clamp_min(0).sqrt() - length[..., None]
+    own, before = products.gather(1, labels[:, None])[:, 0], length.gather(1, labels)
+    left = before - (before**2 - 2 * own + 1).clamp_min(0).sqrt()
+    alone = member.sum(1).gather(1, labels) < 2
+    gain = (joined - left[:, None]).scatter(1, labels[:, None], float("-inf"))
+    gain = gain.masked_fill(alone[:, None], float("-inf")).flatten(1)
+    most, place = gain.max(1)
+    better = most > 1e3 * torch.finfo(points.dtype).eps * before.amax(1)
+    if not bool(better.any()):
+        return None
+    rows = better.nonzero()[:, 0]
+    moved = labels.clone()
+    moved[rows, place[rows] % len(points)] = place[rows] // len(points)
+    return moved
 
 
 def _unit(features: Tensor, k: int, restarts: int) -> Tensor:
