@@ -123,13 +123,13 @@ def test_a_run_finds_the_bank_and_shows_it(command, recipe, tmp_path, built):
 
     kept = load_file(str(run / "model" / "model.safetensors"))["bank_prototypes"]
     assert torch.equal(kept, built[0].prototypes)
-    before = (run / "scores.json").read_bytes(), (run / "stage1" / "prepared" / "bank.json").read_bytes()
+    before = {each: each.read_bytes() for each in run.rglob("*") if each.is_file()}
     again = command("bank", "score", run, "--json", tmp_path / "of_run.json")
     assert again.code == 0, again.err
     assert command("bank", "score", path, "--json", tmp_path / "of_recipe.json").code == 0
     assert scores_of(tmp_path / "of_run.json") == scores_of(tmp_path / "of_recipe.json")
     assert len(built) == 1
-    assert before == ((run / "scores.json").read_bytes(), (run / "stage1" / "prepared" / "bank.json").read_bytes())
+    assert before == {each: each.read_bytes() for each in run.rglob("*") if each.is_file()}
 
 
 def test_the_other_way_round(command, recipe, built):
@@ -259,6 +259,39 @@ def test_no_recipe_and_no_run(command, tmp_path):
     command("bank", "score", tmp_path / "gone.yaml").refused("gone.yaml")
     command("bank", "score", "pbip/phantoms").refused("pbip/phantoms")
     assert not list(folder.iterdir())
+
+
+def test_a_folder_that_is_no_run(command, tmp_path):
+    (tmp_path / "empty").mkdir()
+    outcome = command("bank", "score", tmp_path / "empty")
+    assert outcome.code == 2
+    assert "empty" in outcome.err
+    assert "is a folder without recipe.yaml, so no run" in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not any((tmp_path / "empty").iterdir())
+
+
+@pytest.mark.parametrize("damage", ["image", "bank"])
+def test_the_bank_of_a_trained_model_is_never_made_anew(command, recipe, tmp_path, data_folder, built, damage):
+    """Its prototypes are those of the network: another bank would be scored in its place."""
+    shutil.copytree(data_folder, tmp_path / "copy")
+    path = recipe(data={"source": "folder", "root": str(tmp_path / "copy"), "workers": 0})
+    assert command("run", path, "--quiet").code == 0
+    run = tmp_path / "runs" / "tiny"
+    if damage == "image":
+        first, second = (next((tmp_path / "copy").rglob(f"images/**/train_{n}.*")) for n in (0, 1))
+        first.write_bytes(second.read_bytes())
+    else:
+        shutil.rmtree(run / "stage1" / "prepared")
+    before = {each: each.read_bytes() for each in run.rglob("*") if each.is_file()}
+    for place in (run, path):
+        outcome = command("bank", "score", place)
+        assert outcome.code == 2
+        words = {"image": "other training images, tags or encoder weights", "bank": "holds no image bank"}[damage]
+        assert words in outcome.err
+        assert outcome.err.count("\n") == 1
+    assert before == {each: each.read_bytes() for each in run.rglob("*") if each.is_file()}
+    assert len(built) == 1
 
 
 def test_overrides_with_a_directory(command, recipe, tmp_path):

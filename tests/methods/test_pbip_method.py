@@ -627,6 +627,48 @@ class TestExplain:
         torch.testing.assert_close(sum(w * side for w, side in zip(weights, sides, strict=True)), read.maps)
 
 
+class TestBankImages:
+    def prepared(self, folder):
+        torch.manual_seed(0)
+        settings = {"encoder": ENCODER, "image_encoder": FROZEN, "bank": {"prototypes_per_class": (1, 2, 1)}}
+        settings["bank"]["multi_tag_fallback"] = True
+        method = PBIP(PBIPConfig(**settings), fake_labels()).eval()
+        method.prepare(fake_data(fake_dataset(fake_labels())), folder)
+        return method
+
+    def test_explain_shows_the_images_of_every_sub_class(self, tmp_path):
+        method, batch = self.prepared(tmp_path), batch_of()
+        strips = method.explain(batch)["bank_images"]
+        bank = method.read_bank(tmp_path)
+        items = fake_data(fake_dataset(fake_labels())).hints("train", "tags")
+        assert strips.shape[:3] == (len(batch.images), 3 * 4, 72)
+        for number, part in enumerate(bank.sub_classes):
+            image = items.sample(part.items[0]).image  # the nearest stands first
+            side = min(image.shape[1:])
+            top, left = (image.shape[1] - side) // 2, (image.shape[2] - side) // 2
+            small = F.interpolate(
+                image[None, :, top : top + side, left : left + side],
+                (72, 72),
+                mode="bilinear",
+                antialias=True,
+                align_corners=False,
+            )[0]
+            for each in strips:
+                shown = each[3 * number : 3 * number + 3, :, :72]
+                assert float((shown - small).abs().mean()) < 0.02
+
+    def test_they_stay_out_of_the_model(self, tmp_path):
+        method, batch = self.prepared(tmp_path / "bank"), batch_of()
+        TissueModel.from_method(method).save(tmp_path / "model")
+        assert not any("images" in name for name in load_file(str(tmp_path / "model" / "model.safetensors")))
+        assert "bank_images" not in pbip().explain(batch)
+
+    def test_a_lost_picture_is_no_error(self, tmp_path):
+        self.prepared(tmp_path)
+        (tmp_path / "bank_1.png").unlink()
+        assert "bank_images" not in self.prepared(tmp_path).explain(batch_of())
+
+
 class TestConvolution:
     def test_it_trains_and_predicts(self, monkeypatch):
         method, batch = pbip(similarity="convolution", white=True).train(), batch_of()

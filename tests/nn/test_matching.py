@@ -723,3 +723,89 @@ class TestErrorsOfMaskedImageLosses:
         with pytest.raises(InputError) as raised:
             masked_image_losses(*scene(), Encoder(), temperature=0.0)
         assert_one_line(raised, "temperature 0.0")
+
+
+class TestWhatDoesNotExist:
+    @pytest.mark.parametrize("classes", [[0, 3], [-1, 0]])
+    def test_a_class(self, classes):
+        words = r"classes: hold .*; 3 classes of prototypes are 0 to 2"
+        with pytest.raises(InputError, match=words):
+            matching_losses(normal(2, DIM), normal(2, DIM), normal(3, 2, DIM), torch.tensor(classes))
+
+    @pytest.mark.parametrize("own", [[0, 2], [-1, 0], [0, 1]])
+    def test_an_own_prototype(self, own):
+        """Of a class with fewer prototypes than another the rows behind its own are none."""
+        counts = [1, 2, 2] if own == [0, 1] else None
+        classes = torch.tensor([1, 0])
+        for call in (
+            lambda form: matching_losses(
+                normal(2, DIM),
+                normal(2, DIM),
+                normal(3, 2, DIM),
+                classes,
+                form=form,
+                own=torch.tensor(own),
+                counts=counts,
+            ),
+            lambda form: masked_image_losses(
+                uniform(2, 4, 4),
+                None,
+                normal(1, 3, 4, 4),
+                Pairs(torch.zeros(2, dtype=torch.long), classes, torch.tensor(own)),
+                normal(3, 2, DIM),
+                lambda pictures: pictures.flatten(1)[:, :DIM],
+                form=form,
+                counts=counts,
+            ),
+        ):
+            with pytest.raises(InputError, match=r"own: is -?\d for pair \d, whose class has \d prototypes"):
+                call("prototype")
+
+    def test_own_of_another_length(self):
+        own = torch.zeros(3, dtype=torch.long)
+        with pytest.raises(InputError, match=r"own: is \(3,\); 2 pairs need \(2,\)"):
+            matching_losses(normal(2, DIM), normal(2, DIM), normal(3, 2, DIM), torch.tensor([0, 1]), own=own)
+
+    @pytest.mark.parametrize("settings", [{"form": "classes"}, {"temperature": 0.0}])
+    def test_settings_without_any_pair(self, settings):
+        none = Pairs(*[torch.zeros(0, dtype=torch.long)] * 3)
+        with pytest.raises(InputError, match=next(iter(settings))):
+            masked_image_losses(
+                uniform(0, 4, 4), None, normal(1, 3, 4, 4), none, normal(3, 2, DIM), nn.Flatten(), **settings
+            )
+
+    @pytest.mark.parametrize("threshold", [-0.1, 1.5, math.nan])
+    def test_a_threshold(self, threshold):
+        with pytest.raises(InputError, match=r"threshold .* is not in \[0,1\]"):
+            adaptive_weights(normal(1, 2, 2), threshold)
+
+
+@pytest.mark.parametrize("way", ["encoder", "autocast"])
+def test_gradients_survive_an_encoder_in_half_precision(way):
+    """The share of one of 512 pairs in the mean is below what half precision holds."""
+    pairs, side = 512, 8
+    matrix = normal(3 * side * side, DIM, seed=3) / 1000
+    weights = uniform(pairs, side, side).requires_grad_()
+    images, prototypes = normal(2, 3, side, side, seed=1), normal(3, 2, DIM, seed=2)
+    chosen = Pairs(integers(2, pairs), integers(3, pairs, seed=1), None)
+
+    def exact(pictures):
+        return pictures.flatten(1) @ matrix
+
+    def half(pictures):
+        if way == "autocast":
+            with torch.autocast("cpu", torch.float16):
+                return pictures.flatten(1) @ matrix.float()
+        return pictures.half().flatten(1) @ matrix.half()
+
+    found = []
+    for encode, kind in ((exact, torch.float64), (half, torch.float32)):
+        leaf = weights.detach().to(kind).requires_grad_()
+        losses = masked_image_losses(
+            leaf, None, images.to(kind), chosen, prototypes.to(kind), encode, temperature=50.0, chunk=64
+        )
+        assert losses[0] is not None
+        found.append(torch.autograd.grad(losses[0], leaf)[0].double())
+    assert float(found[0].abs().max()) < 1e-4
+    error = (found[1] - found[0]).norm() / found[0].norm()
+    assert float(error) < 0.01

@@ -205,3 +205,13 @@ def test_an_index_without_anything(run: Path) -> None:
     page = render(run)
     assert "Prepared" in Page(section(page) or "").text
     assert not figures(page)
+
+
+@pytest.mark.parametrize("entry", [None, 7, "bank_0.png", ["bank_0.png"]])
+def test_an_entry_that_is_no_picture_is_not_passed_over(run: Path, entry: object) -> None:
+    write_pictures(run, pictures=[entry, {"file": "bank_1.png", "caption": "second"}])
+    page = render(run)
+    assert len(figures(page)) == 1
+    found = section(page)
+    assert found is not None
+    assert "cannot be read" in found

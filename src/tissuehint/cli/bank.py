@@ -85,6 +85,9 @@ def _bank_of(recipe: str, overrides: list[str]) -> tuple[Any, Any, Path]:
         if overrides:
             rule = "is the directory of a run, whose recipe is settled"
             raise InputError(place, rule, "give the name of a recipe with -o, or leave -o out")
+        if not (place / RECIPE_FILE).is_file():
+            rule = f"is a folder without {RECIPE_FILE}, so no run"
+            raise InputError(place, rule, "give the directory of a run, a recipe file, or the name of a recipe")
         checked = load_recipe(place / RECIPE_FILE, {"output": str(place.parent), "name": place.name})
     else:
         checked = load_recipe(recipe, dict(parse_override(text) for text in overrides))
@@ -105,6 +108,9 @@ def _bank_of(recipe: str, overrides: list[str]) -> tuple[Any, Any, Path]:
     method = PBIP(config, data.labels).to(inference_device(checked.trainer))  # type: ignore[arg-type]
     run = RunDirectory.open(checked, writer=False)
     folder = run.stage1 / "prepared"
+    if run.is_done(run.stage1):  # trained with this bank: read, never made anew
+        method.read(folder, data)
+        return method, data, folder
     with no_remains(run.path):
         RunDirectory.open(checked)
         method.prepare(data, folder)

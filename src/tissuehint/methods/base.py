@@ -104,7 +104,10 @@ class WeakMethod(L.LightningModule, ABC):
 
     @abstractmethod
     def explain(self, batch: Batch) -> dict[str, Tensor]:
-        """Named maps (B,n,h,w) for reports."""
+        """Named maps (B,n,h,w) for reports, and what else tells how they come about.
+
+        Values of one pixel (the presence of a class) and those named ``..._images`` are no maps of the image.
+        """
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Sum of ``losses``; each term is logged."""

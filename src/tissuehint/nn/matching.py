@@ -21,6 +21,7 @@ Form = Literal["class", "prototype"]
 Encode = Callable[[Tensor], Tensor]
 
 CHUNK = 32  # pairs at a time
+STRETCH = 64.0  # largest gradient that enters an encoder in half precision
 
 
 class Pairs(NamedTuple):
@@ -79,7 +80,8 @@ def matching_losses(
         L_FG and L_BG, scalars; 0 (with zero gradient) where there is no pair.
 
     Raises:
-        InputError: fewer than two classes, other shapes, a temperature that is not above 0, an unknown form.
+        InputError: fewer than two classes, other shapes, a temperature that is not above 0, an unknown form, a class or
+            an own prototype that does not exist.
 
     Example:
         >>> prototypes = torch.eye(2)[:, None]  # two classes, one prototype each
@@ -90,6 +92,21 @@ def matching_losses(
         (0.3133, 0.3133)
     """
     _check(foreground, background, prototypes, classes, temperature, form)
+    _check_own(prototypes, classes, own, counts)
+    return _losses_of(foreground, background, prototypes, classes, temperature, form, own, counts)
+
+
+def _losses_of(
+    foreground: Tensor,
+    background: Tensor,
+    prototypes: Tensor,
+    classes: Tensor,
+    temperature: float,
+    form: Form,
+    own: Tensor | None,
+    counts: Sequence[int] | None,
+) -> tuple[Tensor, Tensor]:
+    """``matching_losses`` of what was checked."""
     present = _present(prototypes, counts)
     with torch.autocast(foreground.device.type, enabled=False):  # cosines over a small temperature need their digits
         filled = prototypes.to(_precise(prototypes)).masked_fill(~present[0][..., None], 0)
@@ -151,6 +168,8 @@ def masked_image_losses(
         if each is not None and tuple(each.shape) != wanted:
             rule = f"is {tuple(each.shape)}; these pairs and images need {wanted}"
             raise InputError(name, rule, "give one weight map a pair, at the size of the images")
+    _check_settings(prototypes, temperature, form)
+    _check_own(prototypes, pairs.classes, pairs.own, counts)
     needs = tuple(
         torch.is_grad_enabled() and each is not None and each.requires_grad
         for each in (foreground, background, prototypes)
@@ -182,11 +201,16 @@ def adaptive_weights(maps: Tensor, threshold: float | None) -> tuple[Tensor, Ten
     Returns:
         (P,h,w) and (P,h,w), in [0,1], with gradient to the maps.
 
+    Raises:
+        InputError: a threshold outside of [0,1].
+
     Example:
         >>> front, back = adaptive_weights(torch.tensor([[[4.0, 2.0, 0.4, -3.0]]]), 0.15)
         >>> front.tolist(), [round(value, 2) for value in back.flatten().tolist()]
         ([[[1.0, 0.5, 0.0, 0.0]]], [0.0, 0.0, 0.9, 1.0])
     """
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise InputError(f"threshold {threshold}", "is not in [0,1]", "use .15 (paper), .5 (released code), or None")
     active = F.relu(maps.to(_precise(maps)))  # 1e-8 is 0 in half precision
     highest = active.amax((1, 2), keepdim=True)
     scaled = active / highest.clamp_min(1e-8)
@@ -320,25 +344,21 @@ class _Chunks:
                 else:
                     self.of_prototypes[number] += gradient
         if differentiate:
-            (of_pictures,) = torch.autograd.grad(features, pictures, slope)
+            # a share of the mean over many pairs is small, and would be 0 in the half precision of an encoder
+            stretch = STRETCH / slope.abs().amax().clamp_min(1e-30) if _half(slope) else slope.new_ones(())
+            (of_pictures,) = torch.autograd.grad(features, pictures, slope * stretch)
             for number, gradient in zip(parts, of_pictures.chunk(len(parts)), strict=True):
-                self.of_weights[number][rows] = (gradient * originals).sum(1)
+                self.of_weights[number][rows] = (gradient / stretch * originals).sum(1)
 
     def _losses(self, features: Tensor, prototypes: Tensor, rows: slice, parts: list[int]) -> dict[int, Tensor]:
         """The share of these pairs in the mean over all; what is left out is not computed from anything."""
         settings, pairs = self.settings, self.settings.pairs
         halves = features.chunk(len(parts))
         front, back = halves[0], halves[-1]
-        found = matching_losses(
-            front,
-            back,
-            prototypes,
-            pairs.classes[rows],
-            temperature=settings.temperature,
-            form=settings.form,
-            own=None if pairs.own is None else pairs.own[rows],
-            counts=settings.counts,
-        )
+        own = None if pairs.own is None else pairs.own[rows]
+        classes, temperature, form = pairs.classes[rows], settings.temperature, settings.form
+        _check(front, back, prototypes, classes, temperature, form)
+        found = _losses_of(front, back, prototypes, classes, temperature, form, own, settings.counts)
         share = len(front) / len(pairs.classes)
         return {number: found[number] * share for number in parts}
 
@@ -382,6 +402,14 @@ def _mean(values: Tensor) -> Tensor:
     return values.sum() / max(len(values), 1)
 
 
+def _half(values: Tensor) -> bool:
+    """Whether an encoder that gave these features computes in 16 bits of little range."""
+    kind = values.device.type
+    return values.dtype == torch.float16 or (
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    )
+
+
 def _precise(values: Tensor) -> torch.dtype:
     return torch.float64 if values.dtype == torch.float64 else torch.float32
 
@@ -401,6 +429,15 @@ def _present(prototypes: Tensor, counts: Sequence[int] | None) -> Tensor:
 def _check(
     foreground: Tensor, background: Tensor, prototypes: Tensor, classes: Tensor, temperature: float, form: str
 ) -> None:
+    _check_settings(prototypes, temperature, form)
+    expected = (len(classes), prototypes.shape[2])
+    for name, each in (("foreground", foreground), ("background", background)):
+        if each.shape != expected:
+            rule = f"is {tuple(each.shape)}; {len(classes)} pairs and these prototypes need {expected}"
+            raise InputError(name, rule, "give one feature a pair, of the encoder that made the prototypes")
+
+
+def _check_settings(prototypes: Tensor, temperature: float, form: str) -> None:
     if form not in ("class", "prototype"):
         raise InputError(f"form '{form}'", "is neither class nor prototype", "use one of these")
     if not temperature > 0:
@@ -408,8 +445,26 @@ def _check(
     if prototypes.ndim != 3 or len(prototypes) < 2:
         rule = "are not (N, K, D) of at least two classes, without which there is nothing to contrast with"
         raise InputError(f"prototypes of shape {tuple(prototypes.shape)}", rule, "give the prototypes of all classes")
-    expected = (len(classes), prototypes.shape[2])
-    for name, each in (("foreground", foreground), ("background", background)):
-        if each.shape != expected:
-            rule = f"is {tuple(each.shape)}; {len(classes)} pairs and these prototypes need {expected}"
-            raise InputError(name, rule, "give one feature a pair, of the encoder that made the prototypes")
+
+
+def _check_own(prototypes: Tensor, classes: Tensor, own: Tensor | None, counts: Sequence[int] | None) -> None:
+    """Classes that exist, and own prototypes that their classes have."""
+    number, most = prototypes.shape[:2]
+    if not len(classes):
+        return
+    if not 0 <= int(classes.min()) <= int(classes.max()) < number:
+        rule = (
+            f"hold {int(classes.min())} to {int(classes.max())}; {number} classes of prototypes are 0 to {number - 1}"
+        )
+        raise InputError("classes", rule, "give the index of the class of each pair")
+    if own is None:
+        return
+    if own.shape != classes.shape:
+        rule = f"is {tuple(own.shape)}; {len(classes)} pairs need {tuple(classes.shape)}"
+        raise InputError("own", rule, "give one prototype a pair")
+    limit = torch.full_like(classes, most) if counts is None else torch.tensor(counts, device=classes.device)[classes]
+    wrong = ((own < 0) | (own >= limit)).nonzero()
+    if len(wrong):
+        pair = int(wrong[0])
+        rule = f"is {int(own[pair])} for pair {pair}, whose class has {int(limit[pair])} prototypes, counted from 0"
+        raise InputError("own", rule, "give the index of a prototype within its class")

@@ -100,8 +100,12 @@ class StageOneMaps:
 
         def mapper(images: Tensor, corners: list[tuple[int, int]]) -> Tensor:
             found = self.method.explain(hints.batch(images, corners).to(self.device))
-            # without the values that are no maps, such as the presence of a class
-            maps = {name: values.float() for name, values in found.items() if min(values.shape[-2:]) > 1}
+            # without what is no map of the image: presence of a class, pictures of the image bank
+            maps = {
+                name: values.float()
+                for name, values in found.items()
+                if min(values.shape[-2:]) > 1 and not name.endswith("_images")
+            }
             channels.update({name: values.shape[1] for name, values in maps.items()})
             size = images.shape[-2:]
             return torch.cat(

@@ -25,7 +25,7 @@ def prepared_pictures(record: RunRecord) -> list[Markup]:
     parts = [tag("p", told["text"])] if told.get("text") else []
     pictures = told.get("pictures")
     found = pictures if isinstance(pictures, list) else []
-    return [*parts, *(_figure(record, picture) for picture in found if isinstance(picture, Mapping))]
+    return [*parts, *(_figure(record, picture if isinstance(picture, Mapping) else {}) for picture in found)]
 
 
 def _figure(record: RunRecord, picture: Mapping[str, Any]) -> Markup:

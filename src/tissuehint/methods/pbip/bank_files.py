@@ -24,6 +24,7 @@ from tissuehint.nn.image_encoders import ImageEncoder
 PROTOTYPES = "bank.safetensors"
 CARD = "bank.json"
 PICTURES = "pictures.json"
+SHEET = "bank_{}.png"  # of each class
 SHOWN = 12  # images of each sub-class in its picture
 THUMBNAIL = 72  # their side in pixels
 GAP = 4
@@ -137,8 +138,24 @@ def bank_pictures(bank: Bank, items: HintSet, labels: LabelSpace) -> list[tuple[
         rows = [[_thumbnail(items, place) for place in each.items[:SHOWN]] for each in parts]
         sizes = ", ".join(f"{each.number}: {each.members}" for each in parts)
         caption = f"{name}: {bank.candidates[number]} patches; sub-classes, largest first, by patches: {sizes}"
-        sheets.append((f"bank_{number}.png", caption, _sheet(rows)))
+        sheets.append((SHEET.format(number), caption, _sheet(rows)))
     return sheets
+
+
+def sub_class_pictures(folder: Path, bank: Bank) -> Tensor | None:
+    """(L,3,h,w) in [0,1]: the row of each sub-class in the pictures of a folder; None where they are lost."""
+    rows, step = list[Tensor](), THUMBNAIL + GAP
+    for number, count in enumerate(bank.counts):
+        try:
+            with Image.open(folder / SHEET.format(number)) as opened:
+                sheet = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1) / 255
+        except OSError:
+            return None
+        rows += [sheet[:, place * step : place * step + THUMBNAIL] for place in range(count)]
+    if any(row.shape[1] != THUMBNAIL for row in rows):
+        return None
+    width = max(row.shape[2] for row in rows)
+    return torch.stack([torch.nn.functional.pad(row, (0, width - row.shape[2]), value=1.0) for row in rows])
 
 
 def _text(bank: Bank) -> str:
