@@ -14,6 +14,7 @@ METHODS = {
     "cam": "tissuehint.methods.cam:CAM",
     "gland": "tissuehint.methods.gland:Gland",
     "pbip": "tissuehint.methods.pbip:PBIP",
+    "lpd": "tissuehint.methods.lpd:LPD",
     "cvm": "tissuehint.methods.cvm:CVM",
 }
 

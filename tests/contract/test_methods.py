@@ -53,6 +53,28 @@ TINY = {
             "optimization": {**FAST, "learning_rate": 2e-4},
         },
     ],
+    "lpd": [
+        {
+            "encoder": ENCODER,
+            "image_encoder": FROZEN,
+            "prototypes_per_class": 2,
+            "warm_up": 2,
+            "scale": 2.0,
+            "test_time": {},
+            "optimization": FAST,
+        },
+        {
+            "encoder": {"name": "hf:mit_b0", "output_stride": 16},
+            "image_encoder": FROZEN,
+            "prototypes_per_class": 3,
+            "warm_up": 0,
+            "diversity": {"form": "correlation", "gate_by_tags": False},
+            "matching": {"max_pairs": 2},
+            "crf": None,
+            "background": None,
+            "optimization": {**FAST, "learning_rate": 2e-4},
+        },
+    ],
     "cvm": [
         {"network": UNET, "optimization": FAST},
         *({"network": UNET, "complement": name, "optimization": FAST} for name in COMPARED),

@@ -15,6 +15,7 @@ from tissuehint.nn.matching import (
     Pairs,
     adaptive_weights,
     class_pairs,
+    drawn_pairs,
     masked_image_losses,
     matching_losses,
     prototype_pairs,
@@ -809,3 +810,27 @@ def test_gradients_survive_an_encoder_in_half_precision(way):
     assert float(found[0].abs().max()) < 1e-4
     error = (found[1] - found[0]).norm() / found[0].norm()
     assert float(error) < 0.01
+
+
+class TestDrawnPairs:
+    PAIRS = Pairs(torch.arange(10), torch.arange(10) % 3, torch.arange(10) % 2)
+
+    @pytest.mark.parametrize("most", [None, 10, 11])
+    def test_all_where_they_are_few(self, most):
+        assert drawn_pairs(self.PAIRS, most) is self.PAIRS
+
+    @pytest.mark.parametrize("own", [True, False])
+    def test_some_in_their_order_from_the_global_generator(self, own):
+        pairs = self.PAIRS if own else self.PAIRS._replace(own=None)
+        found = []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            found.append(drawn_pairs(pairs, 4))
+        first, again, other = (each.images.tolist() for each in found)
+        assert first == again == sorted(set(first))
+        assert first != other
+        assert len(first) == 4
+        assert found[0].classes.tolist() == [place % 3 for place in first]
+        assert (found[0].own is None) == (not own)
+        if own:
+            assert found[0].own.tolist() == [place % 2 for place in first]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import lightning as L
 import torch
@@ -22,6 +22,7 @@ from tissuehint.ops.white import white_masks
 # probability that the tissue classes share at a white pixel; with 0 the first class would win every such pixel wherever
 # white cannot be predicted
 TISSUE_UNDER_WHITE = 1e-3
+UNREFINED = 1e-12  # weight of tissue maps as they were before the CRF
 
 
 class MethodConfig(BaseModel):
@@ -87,6 +88,9 @@ class WeakMethod(L.LightningModule, ABC):
         data.train_on(training, batch_size=run.batch_size, round_steps=run.round_steps, validation=validation)
         run.fit(self, data)
 
+    def illustrate(self, data: TissueData, folder: Path) -> None:
+        """Leave pictures of what was learned for the report in ``folder``, with ``pictures.json``. None by default."""
+
     @abstractmethod
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Loss terms by name, scalars already weighted; their sum is trained. Never reads ``batch.masks``."""
@@ -139,7 +143,7 @@ class TestTimeAugmentation(BaseModel):
     The default is the plain image alone. Maps have the resolution of the first scale.
 
     Args:
-        flip: add the image mirrored left-right, upside down, and both.
+        flip: add the image mirrored left-right, upside down, and both; ``horizontal`` adds the first alone.
         scales: linear factors of image size.
         intensities: factors of brightness.
     """
@@ -147,7 +151,7 @@ class TestTimeAugmentation(BaseModel):
     __test__: ClassVar[bool] = False  # the name starts with Test, but pytest need not collect it
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    flip: bool = False
+    flip: bool | Literal["horizontal"] = False
     scales: tuple[float, ...] = (1.0,)
     intensities: tuple[float, ...] = (1.0,)
 
@@ -159,16 +163,65 @@ class TestTimeAugmentation(BaseModel):
         return value
 
 
-class WhiteConfig(MethodConfig):
-    """What every method has that learns no white class: the rule that finds white.
+class CRFConfig(BaseModel):
+    """A dense conditional random field on tissue maps: labels follow the edges of the image (``ops.crf.dense_crf``).
+
+    The numbers are those of the released code of LPD. Lengths are pixels of the image as the network sees it.
 
     Args:
+        gaussian_std: of the smoothness kernel, pixels.
+        gaussian_weight: of the smoothness kernel.
+        bilateral_std: of the positions in the appearance kernel, pixels.
+        colour_std: of the colours in it, in 0..255.
+        bilateral_weight: of the appearance kernel.
+        iterations: of the mean field.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gaussian_std: float = Field(default=15, gt=0)
+    gaussian_weight: float = Field(default=30, ge=0)
+    bilateral_std: float = Field(default=10, gt=0)
+    colour_std: float = Field(default=20, gt=0)
+    bilateral_weight: float = Field(default=50, ge=0)
+    iterations: int = Field(default=5, ge=1)
+
+    def refine(self, probabilities: Tensor, images: Tensor) -> Tensor:
+        """Probabilities (B,C,H,W) of images (B,3,H,W) in [0,1], refined; rows of zeros become uniform."""
+        from tissuehint.ops.crf import dense_crf
+
+        total = probabilities.sum(1, keepdim=True)
+        given = torch.where(total > 0, probabilities, 1.0)
+        settings = self.model_dump(exclude={"colour_std"})
+        return dense_crf(given / given.sum(1, keepdim=True), images, colour_std=self.colour_std / 255, **settings)
+
+
+def kept_shares(refined: Tensor, before: Tensor) -> Tensor:
+    """Refined shares, with a trace of those before: the field drives classes that lose below the smallest float."""
+    return refined + UNREFINED * before
+
+
+class WhiteConfig(MethodConfig):
+    """What every method has that learns no white class: the rule that finds white, and a refinement of the rest.
+
+    Args:
+        crf: refine tissue maps by a dense conditional random field, image by image (window by window, where images are
+            cut into patches); null leaves them as they are.
         white_threshold: grey value in 0..255 above which a pixel is white, where the label space has white.
         white_min_area: smaller white spots, in pixels, count as tissue.
     """
 
+    crf: CRFConfig | None = None
     white_threshold: int = Field(default=200, ge=0, le=255)
     white_min_area: int = Field(default=50, ge=0)
+
+    def refine(self, shares: Tensor, images: Tensor) -> Tensor:
+        """``crf`` on shares (B,C,H,W) of tissue classes; a class without any share in an image gets none."""
+        if self.crf is None:
+            return shares
+        present = (shares.flatten(2).amax(2) > 0)[:, :, None, None]
+        refined = kept_shares(self.crf.refine(shares, images), shares) * present
+        return refined / refined.sum(1, keepdim=True).clamp_min(1e-30)
 
     def split_white(self, shares: Tensor, images: Tensor, labels: LabelSpace) -> Tensor:
         """Give white pixels to the white channel, where the label space has one.
@@ -241,7 +294,8 @@ class TagMethod(WeakMethod):
     def augmented(self, images: Tensor) -> ClassMaps:
         """Mean of maps and logits over the views of ``config.test_time``, in the frame of the plain image."""
         views = self.config.test_time
-        flips: list[tuple[int, ...]] = [(), (-1,), (-2,), (-2, -1)] if views.flip else [()]
+        flips: list[tuple[int, ...]] = [(), (-1,), (-2,), (-2, -1)]
+        flips = flips[: {False: 1, "horizontal": 2, True: 4}[views.flip]]
         size: tuple[int, int] | None = None
         maps, logits = [], []
         for axes, scale, intensity in product(flips, views.scales, views.intensities):
@@ -272,7 +326,7 @@ class TagMethod(WeakMethod):
         active = self.activation(F.interpolate(maps.float(), images.shape[-2:], mode="bilinear", align_corners=False))
         weights = (active + 1e-4) * gate[:, :, None, None]
         shares = weights / weights.sum(1, keepdim=True).clamp_min(1e-8)
-        return self.config.split_white(shares, images, self.labels)
+        return self.config.split_white(self.config.refine(shares, images), images, self.labels)
 
     def activation(self, maps: Tensor) -> Tensor:
         """What of class maps (B,C,H,W) speaks for a class: the part above 0, its largest value scaled to 1."""

@@ -20,6 +20,7 @@ from tissuehint.nn.matching import (
     Pairs,
     adaptive_weights,
     class_pairs,
+    drawn_pairs,
     masked_image_losses,
     prototype_pairs,
 )
@@ -42,6 +43,8 @@ class MatchingConfig(BaseModel):
         maps: what is matched: the ``sum`` of all levels (Eq. 3), or the ``coarsest`` alone (released code).
         sparsity: weight of the mean of the matched maps (released code 5e-4; not in the paper).
         chunk: pairs that go through the frozen encoder at a time, which bounds the memory.
+        max_pairs: at most so many pairs of a batch are matched, drawn at random in each step, which bounds the time;
+            null matches all.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,6 +58,7 @@ class MatchingConfig(BaseModel):
     maps: Literal["sum", "coarsest"] = "sum"
     sparsity: float = Field(default=0.0, ge=0)
     chunk: int = Field(default=CHUNK, ge=1)
+    max_pairs: int | None = Field(default=None, ge=1)
 
     @property
     def used(self) -> bool:
@@ -192,6 +196,7 @@ class PrototypeMethod(TagMethod):
             pairs, counts = class_pairs(tags), network.counts
         else:
             pairs, counts = prototype_pairs(tags, seen.logits[-1], network.counts), None
+        pairs = drawn_pairs(pairs, config.max_pairs)
         maps = self._matched_maps(seen, pairs, counts, batch.images, encoder.side)
         front, back = adaptive_weights(maps, config.threshold)
         losses = masked_image_losses(

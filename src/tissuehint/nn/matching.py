@@ -256,6 +256,15 @@ def prototype_pairs(tags: Tensor, scores: Tensor, counts: Sequence[int]) -> Pair
     return Pairs(images, classes, own)
 
 
+def drawn_pairs(pairs: Pairs, most: int | None) -> Pairs:
+    """At most ``most`` of the pairs, drawn at random (torch's global generator) and left in their order."""
+    number = len(pairs.classes)
+    if most is None or number <= most:
+        return pairs
+    kept = torch.randperm(number)[:most].sort().values.to(pairs.classes.device)
+    return Pairs(pairs.images[kept], pairs.classes[kept], None if pairs.own is None else pairs.own[kept])
+
+
 class _Settings(NamedTuple):
     pairs: Pairs
     encode: Encode

@@ -165,8 +165,13 @@ class PrototypeNetwork(nn.Module):
         if self.config.similarity == "convolution":
             maps: Tensor = self.convolutions[level](features)
             return maps
+        projected = self.projected(level, prototypes)
+        return similarity_maps(features, projected, normalize_prototypes=self.config.normalize_prototypes)
+
+    def projected(self, level: int, prototypes: Tensor) -> Tensor:
+        """Prototypes (L,D) in the channels of a level, (L,C)."""
         if self.config.center_prototypes:
             prototypes = prototypes - prototypes.mean(0)
             prototypes = prototypes / prototypes.norm(dim=1).mean().clamp_min(1e-8)
-        projected = self.projections[level](prototypes)
-        return similarity_maps(features, projected, normalize_prototypes=self.config.normalize_prototypes)
+        found: Tensor = self.projections[level](prototypes)
+        return found

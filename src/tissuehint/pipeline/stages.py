@@ -285,6 +285,8 @@ class Experiment:
             deployed.notes["scores"] = rows_of_model(rows)
             deployed.save(self.directory.model)
             results.gallery()
+            if method is not None:
+                method.illustrate(self.data, self.directory.stage1 / "illustrated")
             write_json(self.directory.scores, scores)
             write_report(self.directory.path)
         wait_for_all()

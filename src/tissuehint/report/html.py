@@ -16,7 +16,7 @@ from tissuehint.report.folds import fold_table
 from tissuehint.report.gallery import gallery
 from tissuehint.report.markup import Markup, join, tag
 from tissuehint.report.plots import training_charts
-from tissuehint.report.prepared import prepared_pictures, prepared_title
+from tissuehint.report.prepared import picture_sections, section_pictures
 from tissuehint.report.record import STAGE_TITLES, STAGES, RunRecord, number, read_run
 from tissuehint.report.scores import class_tables, headline, notes, published, score_table
 
@@ -85,14 +85,14 @@ def _body(record: RunRecord) -> Markup:
     if record.folds:
         table = _section("folds", "Folds", fold_table(record))
         return _page(record, FOLD_SECTIONS, table, scores, _section("recipe", "Recipe", _recipe(record)))
-    title = prepared_title(record)
-    prepared = None if title is None else _section("prepared", title, *prepared_pictures(record))
-    sections = SECTIONS if title is None else (SECTIONS[0], ("prepared", title), *SECTIONS[1:])
+    left = picture_sections(record)
+    pictures = [_section(name, title, *section_pictures(record, name)) for name, title in left]
+    sections = (SECTIONS[0], *left, *SECTIONS[1:])
     return _page(
         record,
         sections,
         _section("gallery", "Gallery", gallery(record)),
-        prepared,
+        *pictures,
         scores,
         _section("curves", "Training", _stage_list(record), _curves(record)),
         _section("model", "Use the model", _model(record)),

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ STAGE_TITLES = {
     "stage2": "Stage 2",
     "ceiling": "Full masks (ceiling)",
 }
+# folders with pictures that a method left, each with its ``pictures.json``, by the name of their section
+PICTURE_PLACES = {"prepared": "stage1/prepared", "illustrated": "stage1/illustrated"}
 
 Point = tuple[float, float]
 
@@ -69,7 +71,7 @@ class RunRecord:
     problems: tuple[str, ...]
     notes: tuple[str, ...] = ()
     folds: tuple[str, ...] = ()
-    prepared: Mapping[str, Any] | None = None
+    pictures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def expected(self, stage: str) -> bool:
         """Whether the recipe asks for a stage, or its folder is there."""
@@ -95,7 +97,7 @@ def read_run(folder: Path) -> RunRecord:
     recipe, recipe_text = _read_recipe(folder / "recipe.yaml")
     scores = _read_json(folder, "scores.json", problems)
     model = _read_json(folder, "model/model.json", problems)
-    prepared = _read_json(folder, "stage1/prepared/pictures.json", problems)
+    pictures = {name: _read_json(folder, f"{place}/pictures.json", problems) for name, place in PICTURE_PLACES.items()}
     curves = {stage: _read_curves(folder, f"{stage}/metrics.csv", problems) for stage in STAGES}
     done = {stage: _read_json(folder, f"{stage}/done.json", problems) for stage in STAGES}
     ratio = (scores or {}).get("weak_full_ratio")
@@ -115,7 +117,7 @@ def read_run(folder: Path) -> RunRecord:
         problems=tuple(problems),
         notes=_texts(scores, "notes", problems),
         folds=_texts(scores, "runs", problems),
-        prepared=prepared,
+        pictures={name: told for name, told in pictures.items() if told is not None},
     )
 
 

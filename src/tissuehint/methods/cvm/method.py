@@ -147,7 +147,8 @@ class CVM(WeakMethod):
 
     def predict(self, images: Tensor) -> Tensor:
         """Tissue map of the network alone."""
-        return self.config.split_white(self.network(images).float().softmax(1), images, self.labels)
+        shares = self.config.refine(self.network(images).float().softmax(1), images)
+        return self.config.split_white(shares, images, self.labels)
 
     def label_guided(self, batch: Batch) -> Tensor:
         """Tissue map of u, from the points of the image and the features of the network.
@@ -166,7 +167,8 @@ class CVM(WeakMethod):
             said = u.flatten(1).any(1)[:, None, None, None]
             own = torch.where(said, u / u.sum(1, keepdim=True).clamp_min(1e-8), own)
         hinted = torch.tensor([len(rows) > 0 for rows in batch.need_points()], device=own.device)
-        return self.config.split_white(own * hinted[:, None, None, None], batch.images, self.labels)
+        shares = self.config.refine(own * hinted[:, None, None, None], batch.images)
+        return self.config.split_white(shares, batch.images, self.labels)
 
     @torch.no_grad()
     def explain(self, batch: Batch) -> dict[str, Tensor]:
