@@ -59,6 +59,8 @@ TINY = {
             "image_encoder": FROZEN,
             "prototypes_per_class": 2,
             "warm_up": 2,
+            # at the weights 30 and 50 the field makes 2e-4 of the 1e-6 by which a batch changes a convolution
+            "crf": {"gaussian_weight": 3, "bilateral_weight": 5},
             "scale": 2.0,
             "test_time": {},
             "optimization": FAST,

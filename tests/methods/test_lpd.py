@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from tissuehint.errors import InputError
-from tissuehint.methods.base import CRFConfig, TestTimeAugmentation
+from tissuehint.methods.base import CRFConfig, TestTimeAugmentation, kept_shares
 from tissuehint.methods.lpd import LPD, DiversityConfig, LPDConfig
 from tissuehint.methods.pbip import PBIP
 from tissuehint.model import TissueModel
@@ -169,10 +169,20 @@ class TestTissueMap:
         channels = [maps.masked_fill(~gate[..., None, None], -1e4)]
         if background is not None:
             channels.append((1 - (maps * gate[..., None, None]).amax(1, keepdim=True)) ** background)
-        refined = dense_crf(torch.cat(channels, 1).softmax(1), images, iterations=2, colour_std=30 / 255)
+        before = torch.cat(channels, 1).softmax(1)
+        refined = kept_shares(dense_crf(before, images, iterations=2, colour_std=30 / 255), before)
         expected = refined[:, :3] * gate[..., None, None]
         found = method.tissue_map(maps, gate, images)
         torch.testing.assert_close(found, expected / expected.sum(1, keepdim=True))
+
+    def test_where_the_background_takes_all_the_maps_speak(self):
+        """Its share is 1 there, and those of the classes are too small for a float."""
+        method, gate = lpd(crf=CRFConfig()), torch.tensor([[True, True, False]])
+        maps = 1e-3 * torch.tensor([3.0, 1.0, 2.0]).view(1, 3, 1, 1).expand(1, 3, 40, 40)
+        found = method.tissue_map(maps, gate, torch.full((1, 3, 40, 40), 0.5))
+        torch.testing.assert_close(found.sum(1), torch.ones(1, 40, 40))
+        assert (found[:, 0] > found[:, 1]).all()
+        assert float(found[:, 2].max()) == 0
 
     def test_no_class_gives_zeros(self):
         for crf in (None, CRFConfig()):
