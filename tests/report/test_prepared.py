@@ -215,3 +215,20 @@ def test_an_entry_that_is_no_picture_is_not_passed_over(run: Path, entry: object
     found = section(page)
     assert found is not None
     assert "cannot be read" in found
+
+
+def test_what_was_learned_has_a_section_of_its_own(run: Path) -> None:
+    write_pictures(run)
+    folder = run / "stage1" / "illustrated"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (40, 40), (5, 200, 5)).save(folder / "prototypes_0.png")
+    told = {"title": "Prototypes", "text": "Where they look.", "pictures": [{"file": "prototypes_0.png"}]}
+    write_json(folder / "pictures.json", told)
+    source = render(run).source
+    first, second = source.index('id="prepared"'), source.index('id="illustrated"')
+    assert first < second
+    assert 'href="#illustrated"' in source
+    assert "Where they look." in source[second:]
+    shown = Page(source[second : source.index("</section>", second)]).all("img")
+    assert len(shown) == 1
+    np.testing.assert_allclose(colour(str(shown[0]["src"])), (5, 200, 5), atol=6)
