@@ -32,7 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tissuehint.nn.matching import Pairs, adaptive_weights, masked_image_losses, matching_losses, prototype_pairs
+from tissuehint.nn.masked_images import masked_image_losses
+from tissuehint.nn.matching import Pairs, adaptive_weights, matching_losses, prototype_pairs
 
 SIDE, CELLS, CLASSES, EACH, THRESHOLD = 224, 14, 4, 3, 0.15
 MIB = 2**20

@@ -27,7 +27,8 @@ from torch import Tensor
 from tissuehint.data.module import TissueData, load_dataset
 from tissuehint.data.training_sets import HintSet
 from tissuehint.methods.pbip import PBIP
-from tissuehint.nn.matching import Pairs, adaptive_weights, masked_image_losses, matching_losses
+from tissuehint.nn.masked_images import masked_image_losses
+from tissuehint.nn.matching import Pairs, adaptive_weights, matching_losses
 from tissuehint.nn.prototypes import by_class
 from tissuehint.pipeline.recipe import load_recipe, parse_override
 

@@ -11,12 +11,12 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from tissuehint.errors import InputError
+from tissuehint.nn.masked_images import masked_image_losses
 from tissuehint.nn.matching import (
     Pairs,
     adaptive_weights,
     class_pairs,
     drawn_pairs,
-    masked_image_losses,
     matching_losses,
     prototype_pairs,
 )

@@ -14,16 +14,8 @@ from tissuehint.labels import LabelSpace
 from tissuehint.methods.base import TagConfig, TagMethod
 from tissuehint.nn.class_maps import ClassMaps
 from tissuehint.nn.image_encoders import ImageEncoder, ImageEncoderConfig, build_image_encoder, feature_dim
-from tissuehint.nn.matching import (
-    CHUNK,
-    Form,
-    Pairs,
-    adaptive_weights,
-    class_pairs,
-    drawn_pairs,
-    masked_image_losses,
-    prototype_pairs,
-)
+from tissuehint.nn.masked_images import CHUNK, masked_image_losses
+from tissuehint.nn.matching import Form, Pairs, adaptive_weights, class_pairs, drawn_pairs, prototype_pairs
 from tissuehint.nn.optimization import Optimization, build_optimizer
 from tissuehint.nn.prototype_network import LevelMaps, PrototypeNetwork, PrototypeSettings
 from tissuehint.nn.prototypes import by_class, merge_prototypes
