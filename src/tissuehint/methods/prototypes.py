@@ -129,7 +129,7 @@ class PrototypeMethod(TagMethod):
         return terms
 
     def class_maps(self, images: Tensor) -> ClassMaps:
-        """Fused class maps (B,N,h,w) in [0,1], and the logits of the coarsest level (B,N).
+        """Fused class maps (B,N,h,w) in [0,1], and the logits of the coarsest level (B,N), means as they are trained.
 
         Of each level the part above 0, min-max scaled per image and class to [0,1]; levels are averaged with
         ``fusion_weights`` at the resolution of the finest (released codes).
@@ -145,7 +145,7 @@ class PrototypeMethod(TagMethod):
             part = F.interpolate(part, size, mode="bilinear", align_corners=False)
             total = part if total is None else total + part
         assert total is not None
-        return ClassMaps(total, network.class_logits(seen, config.merge)[-1])
+        return ClassMaps(total, network.class_logits(seen)[-1])
 
     def activation(self, maps: Tensor) -> Tensor:
         """As they are: the levels are scaled before they are fused."""

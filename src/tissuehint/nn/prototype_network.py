@@ -143,9 +143,9 @@ class PrototypeNetwork(nn.Module):
         logits = [each.mean((2, 3)) * scale for each, scale in zip(maps, scales, strict=True)]
         return LevelMaps(maps, logits, scales, features[-1])
 
-    def class_logits(self, seen: LevelMaps, how: Merge = "mean") -> list[Tensor]:
-        """(B,N) of each level."""
-        return [merge_prototypes(each, self.counts, how) for each in seen.logits]
+    def class_logits(self, seen: LevelMaps) -> list[Tensor]:
+        """(B,N) of each level, means over the prototypes of a class."""
+        return [merge_prototypes(each, self.counts) for each in seen.logits]
 
     def class_maps(self, seen: LevelMaps, how: Merge = "mean") -> list[Tensor]:
         """(B,N,h,w) of each level, with its factor."""
