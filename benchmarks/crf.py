@@ -4,8 +4,8 @@ First table: processor time of one image of 224 x 224 with 5 classes, both in tu
 rounds, and the agreement of the two: mean |dQ|, and the share of pixels of the same class. pydensecrf is not among the
 dependencies; it is left out (nan) where it cannot be imported. To have it here, where a compiler is at hand:
 
-    uv pip install --target /tmp/pydensecrf pydensecrf2
-    export PYTHONPATH=/tmp/pydensecrf
+    uv pip install --target FOLDER pydensecrf2
+    export PYTHONPATH=FOLDER
 
 Second table, 96 x 96: agreement with the exact mean field, of the grid, of pydensecrf, and of doing nothing.
 

@@ -366,3 +366,14 @@ class TestErrors:
     def test_colours_too_fine_for_the_grid(self):
         self.says("colour_std 0.0005", "exact", colour_std=5e-4, bilateral="grid")
         dense_crf(shares(2, 3, 4, 5), pictures(2, 4, 5), colour_std=5e-4)
+
+
+@pytest.mark.parametrize("bilateral", ["exact", "grid"])
+def test_mixed_precision_does_not_reach_it(bilateral):
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(1, 3, 20, 22, generator=generator)
+    images = torch.rand(1, 3, 20, 22, generator=generator)
+    expected = dense_crf(probabilities, images, bilateral=bilateral)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = dense_crf(probabilities, images, bilateral=bilateral)
+    assert torch.equal(found, expected)

@@ -98,16 +98,17 @@ def dense_crf(
     together = max(1, KERNEL_NUMBERS // pixels**2 if exact else GRID_PIXELS // pixels)
     dtype = torch.promote_types(probabilities.dtype, torch.float32)
     found = []
-    for part, pictures in zip(
-        torch.split(probabilities, together), torch.split(images.to(dtype), together), strict=True
-    ):
-        kernels = []
-        if gaussian_weight:
-            kernels.append((gaussian_weight, _normalised(_gaussian(pictures, gaussian_std), pictures)))
-        if bilateral_weight:
-            filtered = (_exact if exact else _grid)(pictures, bilateral_std, colour_std)
-            kernels.append((bilateral_weight, _normalised(filtered, pictures)))
-        found.append(_mean_field(part.to(dtype), kernels, iterations))
+    with torch.autocast(images.device.type, enabled=False):  # sums over thousands of pixels need their digits
+        for part, pictures in zip(
+            torch.split(probabilities, together), torch.split(images.to(dtype), together), strict=True
+        ):
+            kernels = []
+            if gaussian_weight:
+                kernels.append((gaussian_weight, _normalised(_gaussian(pictures, gaussian_std), pictures)))
+            if bilateral_weight:
+                filtered = (_exact if exact else _grid)(pictures, bilateral_std, colour_std)
+                kernels.append((bilateral_weight, _normalised(filtered, pictures)))
+            found.append(_mean_field(part.to(dtype), kernels, iterations))
     return torch.cat(found).to(probabilities.dtype)
 
 
