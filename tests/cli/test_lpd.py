@@ -87,6 +87,15 @@ def test_a_killed_run_goes_on_behind_its_warm_up(command, recipe, tmp_path):
     assert all((killed[key] == whole[key]).all() for key in whole)
 
 
+def test_a_warm_up_that_never_ends(command, recipe, tmp_path):
+    path = recipe(stage1={"steps": 2, "batch_size": 2, "round_steps": 1})
+    outcome = command("run", path)
+    assert outcome.code == 2
+    assert "method.warm_up 2: is not below the 2 steps of stage1" in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("method", "words"),
     [

@@ -13,7 +13,7 @@ from tissuehint.data.module import TissueData
 from tissuehint.data.samples import Batch
 from tissuehint.errors import InputError
 from tissuehint.labels import LabelSpace
-from tissuehint.methods.base import MethodConfig, kept_shares
+from tissuehint.methods.base import MethodConfig, Training, kept_shares
 from tissuehint.methods.lpd.config import LPDConfig
 from tissuehint.methods.lpd.pictures import write_pictures
 from tissuehint.methods.prototypes import PrototypeMethod
@@ -61,6 +61,18 @@ class LPD(PrototypeMethod):
         return self.global_step < self.config.warm_up
 
     # ---- training -------------------------------------------------------------------------------------------------
+
+    def fit(self, run: Training, data: TissueData) -> None:
+        """As every method.
+
+        Raises:
+            InputError: a warm-up that never ends.
+        """
+        if self.config.warm_up >= run.steps:
+            rule = f"is not below the {run.steps} steps of stage1, so that matching and diversity never begin"
+            fix = f"give less, such as {round(0.16 * run.steps)} (the paper's share), or more steps"
+            raise InputError(f"method.warm_up {self.config.warm_up}", rule, fix)
+        super().fit(run, data)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """``classification``; after the warm-up also the terms of the matching, and ``diversity``."""
