@@ -17,6 +17,7 @@ from tissuehint.data.module import TissueData
 from tissuehint.data.samples import Batch, collate
 from tissuehint.data.training_sets import HintSet
 from tissuehint.files import atomic_path, write_json
+from tissuehint.methods.sheets import picture, sheet
 
 if TYPE_CHECKING:
     from tissuehint.methods.lpd.method import LPD
@@ -51,7 +52,7 @@ def write_pictures(method: LPD, data: TissueData, folder: Path) -> None:
             continue
         file = f"prototypes_{number}.png"
         with atomic_path(folder / file) as part:
-            Image.fromarray(_sheet(rows)).save(part, format="PNG")
+            Image.fromarray(sheet(rows, GAP)).save(part, format="PNG")
         pictures.append({"file": file, "caption": caption})
     numbers = {
         "split": split,
@@ -99,7 +100,7 @@ def _row(method: LPD, items: HintSet, place: int, number: int, channels: range) 
     maps = method.explain(Batch(batch.ids, batch.images, tags=batch.tags))
     image = F.interpolate(batch.images, (THUMBNAIL, THUMBNAIL), mode="bilinear", antialias=True, align_corners=False)
     heats = [maps["class_maps"][0, number], *(maps["prototypes"][0, channel] for channel in channels)]
-    return [_picture(image[0]), *(_picture(_heat(each)) for each in heats)]
+    return [picture(image[0]), *(picture(_heat(each)) for each in heats)]
 
 
 def _heat(values: Tensor) -> Tensor:
@@ -108,19 +109,6 @@ def _heat(values: Tensor) -> Tensor:
     scaled = ((values - low) / (high - low).clamp_min(1e-8))[None, None].float()
     grown = F.interpolate(scaled, (THUMBNAIL, THUMBNAIL), mode="bilinear", align_corners=False)[0, 0]
     return torch.stack([(3 * grown - step).clamp(0, 1) for step in range(3)])
-
-
-def _picture(values: Tensor) -> NDArray[np.uint8]:
-    return np.asarray((values.clamp(0, 1) * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy())
-
-
-def _sheet(rows: list[list[NDArray[np.uint8]]]) -> NDArray[np.uint8]:
-    step = THUMBNAIL + GAP
-    sheet = np.full((len(rows) * step - GAP, len(rows[0]) * step - GAP, 3), 255, np.uint8)
-    for top, row in enumerate(rows):
-        for left, picture in enumerate(row):
-            sheet[top * step : top * step + THUMBNAIL, left * step : left * step + THUMBNAIL] = picture
-    return sheet
 
 
 def _told(value: float) -> str:

@@ -19,6 +19,7 @@ from tissuehint.errors import InputError
 from tissuehint.files import atomic_path, write_json
 from tissuehint.labels import LabelSpace
 from tissuehint.methods.pbip.bank import Bank, BankConfig, build_bank, need_tags
+from tissuehint.methods.sheets import picture, sheet
 from tissuehint.nn.image_encoders import ImageEncoder
 
 PROTOTYPES = "bank.safetensors"
@@ -117,9 +118,9 @@ def write_bank(folder: Path, bank: Bank, items: HintSet, labels: LabelSpace, inp
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CARD).unlink(missing_ok=True)
     pictures = []
-    for name, text, sheet in bank_pictures(bank, items, labels):
+    for name, text, pixels in bank_pictures(bank, items, labels):
         with atomic_path(folder / name) as part:
-            Image.fromarray(sheet).save(part, format="PNG")
+            Image.fromarray(pixels).save(part, format="PNG")
         pictures.append({"file": name, "caption": text})
     shown = {"title": "Image bank", "text": _text(bank), "pictures": pictures}
     write_json(folder / PICTURES, shown)
@@ -138,7 +139,7 @@ def bank_pictures(bank: Bank, items: HintSet, labels: LabelSpace) -> list[tuple[
         rows = [[_thumbnail(items, place) for place in each.items[:SHOWN]] for each in parts]
         sizes = ", ".join(f"{each.number}: {each.members}" for each in parts)
         caption = f"{name}: {bank.candidates[number]} patches; sub-classes, largest first, by patches: {sizes}"
-        sheets.append((SHEET.format(number), caption, _sheet(rows)))
+        sheets.append((SHEET.format(number), caption, sheet(rows, GAP)))
     return sheets
 
 
@@ -148,10 +149,10 @@ def sub_class_pictures(folder: Path, bank: Bank) -> Tensor | None:
     for number, count in enumerate(bank.counts):
         try:
             with Image.open(folder / SHEET.format(number)) as opened:
-                sheet = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1) / 255
+                shown = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1) / 255
         except OSError:
             return None
-        rows += [sheet[:, place * step : place * step + THUMBNAIL] for place in range(count)]
+        rows += [shown[:, place * step : place * step + THUMBNAIL] for place in range(count)]
     if any(row.shape[1] != THUMBNAIL for row in rows):
         return None
     width = max(row.shape[2] for row in rows)
@@ -172,14 +173,4 @@ def _thumbnail(items: HintSet, place: int) -> NDArray[np.uint8]:
     side = min(image.shape[1:])
     top, left = (image.shape[1] - side) // 2, (image.shape[2] - side) // 2
     small: Tensor = resize_image(image[None, :, top : top + side, left : left + side], THUMBNAIL)[0]
-    return np.asarray((small.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
-
-
-def _sheet(rows: list[list[NDArray[np.uint8]]]) -> NDArray[np.uint8]:
-    step = THUMBNAIL + GAP
-    columns = max(len(row) for row in rows)
-    sheet = np.full((len(rows) * step - GAP, columns * step - GAP, 3), 255, np.uint8)
-    for top, row in enumerate(rows):
-        for left, picture in enumerate(row):
-            sheet[top * step : top * step + THUMBNAIL, left * step : left * step + THUMBNAIL] = picture
-    return sheet
+    return picture(small)
