@@ -125,7 +125,11 @@ class WeakMethod(L.LightningModule, ABC):
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Logs the sum of ``losses`` on validation hints."""
-        total = torch.stack(list(self.losses(batch).values())).sum()
+        self.log_validation(self.losses(batch), batch)
+
+    def log_validation(self, terms: dict[str, Tensor], batch: Batch) -> None:
+        """Log the sum of loss terms as ``val_loss``."""
+        total = torch.stack(list(terms.values())).sum()
         self.log("val_loss", total, prog_bar=True, on_epoch=True, batch_size=len(batch), sync_dist=True)
 
     def total_steps(self) -> int:

@@ -162,8 +162,11 @@ class PrototypeMethod(TagMethod):
         ``class_maps`` as read; ``level_1``... the class maps of the levels, fine to coarse (B,N,h,w); ``prototypes``
         the similarities of the coarsest level (B,L,h,w) in [-1,1]; ``presence`` (B,N,1,1).
         """
-        fused = self.augmented(batch.images)
-        seen, network = self.see(batch.images), self.network
+        return self.explained(batch, self.see(batch.images))
+
+    def explained(self, batch: Batch, seen: LevelMaps) -> dict[str, Tensor]:
+        """``explain`` of maps that were seen."""
+        fused, network = self.augmented(batch.images), self.network
         levels = network.class_maps(seen, self.config.merge)
         maps = {"class_maps": fused.maps}
         for number, each in enumerate(levels):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tissuehint.errors import InputError
-from tissuehint.nn.prototypes import check_counts
+from tissuehint.nn.prototypes import check_counts, precise_type
 
 SHARE = 0.2  # of a region's pixels that count as active for a prototype
 
@@ -138,7 +138,7 @@ def correlation_diversity_loss(
     classes, most = prototypes.shape[:2]
     inside = _inside(regions, classes)
     size = regions.shape[1:]
-    precise = _precise(features)
+    precise = precise_type(features)
     mass = _window_means(inside.reshape(-1, *size).to(precise), window).reshape(inside.shape)
     kept = mass > min_mass
     images, chosen = (kept.sum(2) >= 2).nonzero(as_tuple=True)
@@ -225,7 +225,7 @@ def _of_class(maps: Tensor, inside: Tensor, share: float) -> tuple[float, float]
 
 def _cosines(features: Tensor, prototypes: Tensor) -> Tensor:
     """(B,N,K,P) for the P pixels of an image."""
-    cells = _unit(features.to(_precise(features)).flatten(2), 1)
+    cells = _unit(features.to(precise_type(features)).flatten(2), 1)
     return torch.einsum("bdp,nkd->bnkp", cells, _unit(prototypes.to(cells), 2))
 
 
@@ -262,12 +262,8 @@ def _mean_of_images(values: Tensor, images: Tensor) -> Tensor:
 
 def _nothing(features: Tensor, prototypes: Tensor) -> Tensor:
     """0 with zero gradient."""
-    precise = _precise(features)
+    precise = precise_type(features)
     return features[:0].to(precise).sum() + prototypes[:0].to(precise).sum()
-
-
-def _precise(values: Tensor) -> torch.dtype:
-    return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
 def _check(features: Tensor, prototypes: Tensor, regions: Tensor) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tissuehint.errors import InputError
-from tissuehint.nn.matching import Form, Pairs, check_features, check_own, check_settings, losses_of, precise_type
+from tissuehint.nn.matching import Form, Pairs, check_features, check_own, check_settings, losses_of
+from tissuehint.nn.prototypes import precise_type
 
 Encode = Callable[[Tensor], Tensor]
 

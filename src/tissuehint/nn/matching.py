@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tissuehint.errors import InputError
-from tissuehint.nn.prototypes import check_counts
+from tissuehint.nn.prototypes import check_counts, precise_type
 
 Form = Literal["class", "prototype"]
 
@@ -231,11 +231,6 @@ def _cosines(features: Tensor, unit: Tensor) -> Tensor:
 
 def _mean(values: Tensor) -> Tensor:
     return values.sum() / max(len(values), 1)
-
-
-def precise_type(values: Tensor) -> torch.dtype:
-    """Single precision, or double where the values have it."""
-    return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
 def _present(prototypes: Tensor, counts: Sequence[int] | None) -> Tensor:

@@ -58,7 +58,7 @@ def similarity_maps(
         prototypes = F.normalize(prototypes, dim=-1)
     # the maps are divided by the length of a cell, not the cells, which have many more numbers; 1e-8 is 0 in half
     # precision, so lengths are of single precision at least
-    precise = torch.float64 if features.dtype == torch.float64 else torch.float32
+    precise = precise_type(features)
     length = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=precise).clamp_min(1e-8)
     products = torch.einsum("bdhw,...ld->blhw" if prototypes.ndim == 2 else "bdhw,bld->blhw", features, prototypes)
     maps: Tensor = products.to(precise) / length * scale
@@ -99,6 +99,11 @@ def merge_prototypes(values: Tensor, counts: Sequence[int], how: Merge = "mean")
         raise InputError(f"how '{how}'", "is neither mean nor softmax", "use one of these")
     weights = (grouped if present is None else grouped.masked_fill(present == 0, float("-inf"))).softmax(2)
     return (weights * grouped).sum(2)
+
+
+def precise_type(values: Tensor) -> torch.dtype:
+    """Single precision, or double where the values have it."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
 def check_counts(counts: Sequence[int], prototypes: int) -> None:

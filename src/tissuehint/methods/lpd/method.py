@@ -76,7 +76,10 @@ class LPD(PrototypeMethod):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """``classification``; after the warm-up also the terms of the matching, and ``diversity``."""
-        seen = self.see(batch.images)
+        return self.losses_of(self.see(batch.images), batch)
+
+    def losses_of(self, seen: LevelMaps, batch: Batch) -> dict[str, Tensor]:
+        """``losses`` of maps that were seen."""
         terms = self.terms(seen, batch, matching=not self.warming_up)
         config = self.config.diversity
         if not self.warming_up and config.weight > 0 and self.config.prototypes_per_class > 1:
@@ -117,13 +120,17 @@ class LPD(PrototypeMethod):
     @torch.no_grad()
     def coverage(self, batch: Batch) -> Coverage:
         """How much of the regions the prototypes of each class see, together and in common."""
-        seen = self.see(batch.images)
-        return prototype_coverage(seen.similarities[-1], self.regions(seen, batch.need_tags()), self.counts)
+        return self.coverage_of(self.see(batch.images), batch.need_tags())
+
+    def coverage_of(self, seen: LevelMaps, tags: Tensor) -> Coverage:
+        """``coverage`` of maps that were seen."""
+        return prototype_coverage(seen.similarities[-1], self.regions(seen, tags), self.counts)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """As every method; counts coverage and overlap too."""
-        super().validation_step(batch, batch_index)
-        for row, values in zip(self._seen, self.coverage(batch), strict=True):
+        seen = self.see(batch.images)
+        self.log_validation(self.losses_of(seen, batch), batch)
+        for row, values in zip(self._seen, self.coverage_of(seen, batch.need_tags()), strict=True):
             known = values[values.isfinite()]
             row += torch.tensor([float(known.sum()), len(known)])
 
@@ -164,12 +171,10 @@ class LPD(PrototypeMethod):
         shares = shares / shares.sum(1, keepdim=True).clamp_min(1e-30)
         return self.config.split_white(shares, images, self.labels)
 
-    @torch.no_grad()
-    def explain(self, batch: Batch) -> dict[str, Tensor]:
+    def explained(self, batch: Batch, seen: LevelMaps) -> dict[str, Tensor]:
         """As ``PrototypeMethod.explain``; with tags also ``regions`` (B,N,h,w) in {0,1}, which the diversity is of."""
-        found = super().explain(batch)
+        found = super().explained(batch, seen)
         if batch.tags is not None:
-            seen = self.see(batch.images)
             regions = self.regions(seen, batch.tags)
             one_hot = torch.stack([regions == number for number in range(self.labels.num_tissue)], 1).float()
             found["regions"] = self.network.on_image(one_hot, batch.images, self.network.levels - 1)

@@ -18,6 +18,7 @@ from tissuehint.methods.pbip.bank import Bank
 from tissuehint.methods.pbip.bank_files import inputs_digest, load_or_build, read_bank, sub_class_pictures
 from tissuehint.methods.pbip.config import PBIPConfig
 from tissuehint.methods.prototypes import PrototypeMethod
+from tissuehint.nn.prototype_network import LevelMaps
 
 
 class PBIP(PrototypeMethod):
@@ -73,14 +74,13 @@ class PBIP(PrototypeMethod):
             raise InputError(cache, rule, "give the recipe and another name (-o name=...) to make a new one")
         self._take(kept[0], cache)
 
-    @torch.no_grad()
-    def explain(self, batch: Batch) -> dict[str, Tensor]:
+    def explained(self, batch: Batch, seen: LevelMaps) -> dict[str, Tensor]:
         """As ``PrototypeMethod.explain``, and the bank where it is at hand (in a run, not in a saved model).
 
         ``bank_images`` (B,3L,h,w): for each prototype a strip of the training images nearest to its centre, RGB in
         [0,1]; channels 3l, 3l+1, 3l+2 are those of channel l of ``prototypes``. The same for every image.
         """
-        found = super().explain(batch)
+        found = super().explained(batch, seen)
         if self._bank_images is not None:
             strips = self._bank_images.to(self.device).flatten(0, 1)
             found["bank_images"] = strips.expand(len(batch.images), -1, -1, -1)
