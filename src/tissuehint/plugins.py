@@ -15,6 +15,7 @@ METHODS = {
     "gland": "tissuehint.methods.gland:Gland",
     "pbip": "tissuehint.methods.pbip:PBIP",
     "lpd": "tissuehint.methods.lpd:LPD",
+    "vslp": "tissuehint.methods.vslp:VSLP",
     "cvm": "tissuehint.methods.cvm:CVM",
 }
 

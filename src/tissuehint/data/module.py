@@ -269,7 +269,18 @@ class TissueData(L.LightningDataModule):
             records = [self.with_hint(record, supervision) for record in records]
             # a mask that gives no hint has no tissue
             records = [each for each in records if getattr(each, supervision) is not None or each.mask is None]
-        return build_hint_set(records, self.labels, self.config.patches, self.read, supervision=supervision)
+        patches = self.config.patches
+        return build_hint_set(
+            records, self.labels, patches, self.read, supervision=supervision, estimate=self.estimated
+        )
+
+    def estimated(self, shares: NDArray[np.float64], name: str) -> NDArray[np.float64]:
+        """The exact shares (C,) of the image or window ``name`` as ``data.weak`` has them: with noise, rounded."""
+        from tissuehint.data import weak
+
+        rules = self.config.weak
+        seed = weak.image_seed(rules.seed, name)
+        return weak.estimated_shares(shares, round_to=rules.round_to, noise=rules.noise, seed=seed)
 
     def with_hint(self, record: Record, supervision: Supervision) -> Record:
         """The record with its image-level hint, simulated from the mask where the data set has none.

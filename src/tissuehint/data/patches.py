@@ -94,9 +94,10 @@ def presence_tags(
 def proportion_rows(
     mask: NDArray[np.uint8], corners: NDArray[np.int64], grid: PatchGrid, num_tissue: int
 ) -> NDArray[np.float64]:
-    """Tissue proportions (N,C) of windows that hold tissue, from the mask of the image; each row sums to 1."""
+    """Tissue proportions (N,C) of windows, from the mask of the image; each row sums to 1, NaN without tissue."""
     covered = np.stack([_window_sums(mask == label, corners, grid.side) for label in range(num_tissue)], 1)
-    return np.asarray(covered / covered.sum(1, keepdims=True))
+    total = covered.sum(1, keepdims=True)
+    return np.where(total > 0, covered / np.maximum(total, 1), np.nan)
 
 
 def white_fractions(image: NDArray[np.uint8], corners: NDArray[np.int64], grid: PatchGrid) -> NDArray[np.float64]:

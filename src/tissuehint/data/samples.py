@@ -103,6 +103,17 @@ class Batch:
             )
         return self.points
 
+    def need_proportions(self) -> Tensor:
+        """(B,C) proportions.
+
+        Raises:
+            InputError: the batch has none.
+        """
+        if self.proportions is None:
+            subject = f"images {', '.join(self.ids[:3])}"
+            raise InputError(subject, "have no proportions", "give proportions, or use another method")
+        return self.proportions
+
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples; a hint that any sample lacks is None in the batch.

@@ -21,6 +21,8 @@ from tissuehint.labels import LabelSpace
 
 Draw = tuple[int, int]
 ImageReader = Callable[[Record], NDArray[np.uint8]]
+# from the exact shares (C,) of an item, and its id, to those that a reader would write
+Estimate = Callable[[NDArray[np.float64], str], NDArray[np.float64]]
 
 
 class TrainingSet(Protocol):
@@ -66,7 +68,7 @@ class HintSet:
         if self.grid is not None:  # cut before the conversion to float: the image may be far larger than the patch
             pixels = pixels[top : top + self.grid.side, left : left + self.grid.side]
         sample = Sample(
-            record.id if self.grid is None else f"{record.id}_{top}_{left}",
+            record.id if self.grid is None else window_id(record, top, left),
             to_tensor(pixels),
             None if self.tags is None else torch.from_numpy(self.tags[index]).float(),
             points,
@@ -144,8 +146,19 @@ class MaskSet:
         return crop(sample, 0, 0, self.side, self.side)
 
 
+def window_id(record: Record, top: int, left: int) -> str:
+    """Name of the window of a record with this upper left corner."""
+    return f"{record.id}_{top}_{left}"
+
+
 def build_hint_set(
-    records: Sequence[Record], labels: LabelSpace, grid: PatchGrid | None, read: ImageReader, *, supervision: str
+    records: Sequence[Record],
+    labels: LabelSpace,
+    grid: PatchGrid | None,
+    read: ImageReader,
+    *,
+    supervision: str,
+    estimate: Estimate | None = None,
 ) -> HintSet:
     """Items with the wanted hint: every image that has it, or every kept window of every image.
 
@@ -153,12 +166,22 @@ def build_hint_set(
     mask only an image with a single tag can be cut, since each of its windows may carry that tag. Windows and images
     without any tissue class are dropped, and so are windows whiter than ``PatchGrid.max_white``.
 
+    Args:
+        records: images.
+        labels: the classes.
+        grid: windows, or None for whole images.
+        read: how to get the pixels of a record.
+        supervision: the wanted hint.
+        estimate: what a reader would make of the exact proportions of a window; None keeps them.
+
     Raises:
         InputError: an image lacks the hint, or nothing is left.
     """
     owner, corners, tags, shares = [], [], [], []
     for index, record in enumerate(records):
         rows = _whole(record, supervision) if grid is None else _windows_of(record, labels, grid, read, supervision)
+        if estimate is not None and grid is not None and record.mask is not None and supervision == "proportions":
+            rows = _estimated(rows, record, estimate)
         owner.append(np.full(len(rows.corners), index, np.int64))
         corners.append(rows.corners)
         tags.append(rows.tags)
@@ -211,6 +234,14 @@ def _windows_of(record: Record, labels: LabelSpace, grid: PatchGrid, read: Image
     kept = tags.any(1)
     shares = proportion_rows(mask, corners[kept], grid, labels.num_tissue)
     return _Rows(corners[kept], tags[kept], shares)
+
+
+def _estimated(rows: _Rows, record: Record, estimate: Estimate) -> _Rows:
+    if rows.proportions is None or not len(rows.proportions):
+        return rows
+    names = [window_id(record, int(top), int(left)) for top, left in rows.corners]
+    shares = [estimate(each, name) for each, name in zip(rows.proportions, names, strict=True)]
+    return replace(rows, proportions=np.stack(shares))
 
 
 Value = TypeVar("Value", bound=np.generic)

@@ -35,6 +35,7 @@ from tissuehint.errors import InputError
 from tissuehint.labels import LabelSpace, Points, Proportions, Tags
 
 __all__ = [
+    "estimated_shares",
     "image_seed",
     "points_from_geojson",
     "points_from_mask",
@@ -176,12 +177,20 @@ def proportions_from_mask(
     counts = _class_counts(mask, labels)[: labels.num_tissue]
     if not counts.any():
         raise InputError("mask", "has no pixel of a tissue class", "leave the proportions of this image out")
-    shares = counts / counts.sum()
+    return Proportions(estimated_shares(counts / counts.sum(), round_to=round_to, noise=noise, seed=seed))
+
+
+def estimated_shares(
+    shares: NDArray[np.float64], *, round_to: float | None = None, noise: float | None = None, seed: int = 0
+) -> NDArray[np.float64]:
+    """Exact shares (C,) as a reader would write them; see ``proportions_from_mask``.
+
+    Raises:
+        InputError: a step that does not divide 1, negative noise.
+    """
     if noise:
         shares = _with_noise(shares, noise, seed)
-    if round_to is not None:
-        shares = _rounded(shares, round_to)
-    return Proportions(shares)
+    return shares if round_to is None else _rounded(shares, round_to)
 
 
 def read_tag_table(path: Path, labels: LabelSpace) -> dict[str, Tags]:

@@ -51,6 +51,16 @@ class Training(Protocol):
                 weights of the round where it was lowest. None ends with the last weights.
         """
 
+    def phase(
+        self, name: str, *, steps: int | None = None, batch_size: int | None = None, round_steps: int | None = None
+    ) -> Training:
+        """A training that is one of several of a method, in a folder of its own and done once.
+
+        Args:
+            name: of the phase, and of its folder.
+            steps, batch_size, round_steps: its budget; None takes that of the whole.
+        """
+
 
 class WeakMethod(L.LightningModule, ABC):
     """A system that turns one kind of cheap hint into tissue maps.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         boundary_iou_from_counts,
         boundary_iou_per_image,
     )
+    from tissuehint.metrics.calibration import CalibrationBins
     from tissuehint.metrics.confusion import confusion_matrix, scores
     from tissuehint.metrics.presence import tag_scores
     from tissuehint.metrics.proportions import proportion_errors, proportions_of
@@ -35,6 +36,7 @@ _LAZY = {
     "P_LEVELS": "significance",
     "PROTOCOL_IDS": "protocols",
     "BinaryHistogram": "binary",
+    "CalibrationBins": "calibration",
     "Protocol": "protocols",
     "binary_scores": "binary",
     "binary_scores_per_image": "binary",
@@ -59,6 +61,7 @@ __all__ = [
     "PROTOCOL_IDS",
     "P_LEVELS",
     "BinaryHistogram",
+    "CalibrationBins",
     "Protocol",
     "binary_scores",
     "binary_scores_per_image",

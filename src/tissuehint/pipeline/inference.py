@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tissuehint.data.module import TissueData
-from tissuehint.data.patches import PatchGrid, presence_tags, sliding_map
+from tissuehint.data.patches import PatchGrid, presence_tags, proportion_rows, sliding_map
 from tissuehint.data.records import Record
 from tissuehint.data.samples import Batch
-from tissuehint.data.training_sets import to_tensor
+from tissuehint.data.training_sets import to_tensor, window_id
 from tissuehint.methods.base import WeakMethod
 from tissuehint.model import TissueModel
 from tissuehint.pipeline.recipe import TrainerSettings
@@ -131,7 +131,7 @@ class _WindowHints:
         self.supervision = method.supervision
         self.data = data
         self.grid = grid
-        from_mask = grid is not None and self.supervision == "tags" and record.mask is not None
+        from_mask = grid is not None and self.supervision != "points" and record.mask is not None
         self.mask = record.read_mask(data.labels) if from_mask else None
         self.record = record if from_mask else data.with_hint(record, self.supervision)
 
@@ -139,6 +139,8 @@ class _WindowHints:
         names, count, record = [self.record.id] * len(images), len(images), self.record
         if self.mask is not None and self.grid is not None:
             labels, places = self.data.labels, np.asarray(corners, np.int64)
+            if self.supervision == "proportions":
+                return Batch(names, images, proportions=self._window_proportions(places))
             present = presence_tags(self.mask, places, self.grid, labels.num_tissue, labels.ignore)
             return Batch(names, images, tags=torch.from_numpy(present).float())
         tags = None if record.tags is None else torch.from_numpy(record.tags.values).float().repeat(count, 1)
@@ -146,6 +148,17 @@ class _WindowHints:
         proportions = None if shares is None else torch.from_numpy(shares.values).float().repeat(count, 1)
         points = None if record.points is None else self._points(corners)
         return Batch(names, images, tags=tags, points=points, proportions=proportions)
+
+    def _window_proportions(self, corners: NDArray[np.int64]) -> Tensor:
+        """Those of each window, (B,C); 0 for a window without tissue."""
+        assert self.mask is not None
+        assert self.grid is not None
+        shares = proportion_rows(self.mask, corners, self.grid, self.data.labels.num_tissue)
+        for row, (top, left) in enumerate(corners):
+            known = np.isfinite(shares[row]).all()
+            name = window_id(self.record, int(top), int(left))
+            shares[row] = self.data.estimated(shares[row], name) if known else 0.0
+        return torch.from_numpy(shares).float()
 
     def _points(self, corners: list[tuple[int, int]]) -> list[Tensor]:
         """Points of each window in its own pixels."""

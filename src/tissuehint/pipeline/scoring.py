@@ -17,6 +17,7 @@ from tissuehint.labels import LabelSpace
 from tissuehint.metrics import (
     PROTOCOL_IDS,
     BinaryHistogram,
+    CalibrationBins,
     boundary_counts,
     boundary_distance,
     boundary_iou_from_counts,
@@ -52,6 +53,7 @@ class SplitScores:
     used_distances: dict[int, set[int]] = field(default_factory=dict)
     histograms: list[BinaryHistogram] = field(default_factory=list)
     shares: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = field(default_factory=list)
+    calibration: CalibrationBins = field(default_factory=CalibrationBins)
 
     def update(self, tissue_map: Tensor, mask: NDArray[np.uint8]) -> None:
         """Count one image.
@@ -89,6 +91,7 @@ class SplitScores:
         else:
             self.histograms = self.histograms or deepcopy(other.histograms)
         self.shares += other.shares
+        self.calibration.merge(other.calibration)
 
     def rows(self, **names: Any) -> list[dict[str, Any]]:
         """One row of the score table per protocol; ``names`` (stage, split, gate, ...) stand in each."""
@@ -109,6 +112,7 @@ class SplitScores:
             errors = proportion_errors(seen, true)
             row["proportion_mae"] = _named(tissue, errors["mae"])
             row |= {f"proportion_{key}": float(errors[key]) for key in ("mae_mean", "kl", "w1")}
+        row["calibration_error"] = self.calibration.error()
         row["images"] = self.images
         row["pixels"] = int(self.confusion[protocol].sum())
         return row
@@ -148,6 +152,7 @@ class SplitScores:
         tissue = tissue_map[: labels.num_tissue, counted]
         tissue = tissue / tissue.sum(0, keepdim=True).clamp_min(1e-8)
         truth = target[counted]
+        self.calibration.update(tissue, truth)
         for index, histogram in enumerate(self.histograms):
             histogram.update(tissue[index].clamp(0, 1), (truth == index).to(torch.uint8))
 

@@ -72,7 +72,35 @@ class Fit:
         self.seed = seed
         self.validate = validate
         self.keep_best = keep_best and validate is not None
-        self.seconds = 0.0
+        self._seconds = 0.0
+        self._phases: list[Fit] = []
+        self._is_phase = False
+
+    @property
+    def seconds(self) -> float:
+        """Spent in training by this process, in all phases."""
+        return self._seconds + sum(phase.seconds for phase in self._phases)
+
+    def phase(
+        self, name: str, *, steps: int | None = None, batch_size: int | None = None, round_steps: int | None = None
+    ) -> Fit:
+        """A training that is one of several of a method, in a folder of its own and done once.
+
+        Args:
+            name: of the phase, and of its folder.
+            steps, batch_size, round_steps: its budget; None takes that of the whole.
+        """
+        phase = Fit(
+            self.folder / name,
+            steps=steps or self.steps,
+            batch_size=batch_size or self.batch_size,
+            round_steps=round_steps or self.round_steps,
+            settings=self.settings,
+            seed=self.seed,
+        )
+        phase._is_phase = True
+        self._phases.append(phase)
+        return phase
 
     def fit(self, module: L.LightningModule, data: TissueData, *, keep_lowest: str | None = None) -> None:
         """Train ``module``; resumes from the last finished round if there is one.
@@ -84,6 +112,10 @@ class Fit:
                 weights of the round where it was lowest. None ends with the last weights.
         """
         started = time.monotonic()
+        finished = self.folder / WEIGHTS
+        if self._is_phase and finished.is_file():
+            load_weights(module, finished)
+            return
         resume = self._checkpoint()
         if getattr(module, "channels_last", False):
             # the order in memory in which convolutions train fastest, on the CPU (docs/benchmarks.md) and on GPUs
@@ -106,7 +138,18 @@ class Fit:
         wait_for_all()
         if best is not None and best.keep_best:
             best.restore(module)
-        self.seconds += time.monotonic() - started
+        if self._is_phase:
+            self._close_phase(module)
+        self._seconds += time.monotonic() - started
+
+    def _close_phase(self, module: L.LightningModule) -> None:
+        """Its weights say that a phase is done; with them in place no checkpoint is needed."""
+        if is_writer():
+            save_weights(module, self.folder / WEIGHTS)
+            for checkpoint in (self.folder / "checkpoints").glob("*"):
+                checkpoint.unlink()
+        wait_for_all()
+        load_weights(module, self.folder / WEIGHTS)  # buffers are each process's own until here
 
     def _checkpoint(self) -> str | None:
         """The last finished round of an earlier, killed fit."""

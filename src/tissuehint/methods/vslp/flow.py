@@ -1,0 +1,159 @@
+r"""The gradient flow of an energy in the simplex, truncated after some steps, whose energy never rises.
+
+u_{s+1} = softmax(log u_s - tau g(u_s)) at every pixel, the mirror (entropic) step of the gradient g: u stays a tissue
+map, and no projection is needed. Descent is not automatic for terms with kinks, so tau is halved, for each image by
+itself, until the energy does not rise, and grows again after steps that are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from tissuehint.errors import InputError
+
+#: A probability of 0 could never grow again.
+SMALLEST = 1e-6
+
+#: After a step that was taken, and after one that was not (VSLP spec, Section 5).
+GROWTH, SHRINKAGE = 1.2, 0.5
+
+Projection = Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class Energy(Protocol):
+    """What can be minimised: energy at every pixel, and the derivative of its sum."""
+
+    def energy(self, u: Tensor) -> Tensor:
+        """(B,H,W) of maps (B,K,H,W)."""
+
+    def gradient(self, u: Tensor) -> Tensor:
+        """Of the sum over pixels, like ``u``."""
+
+
+class Flow(NamedTuple):
+    """Where a flow went.
+
+    Args:
+        u: (B,K,H,W), in the simplex at every pixel.
+        energies: (steps + 1, B), of the start and after every step; they do not rise.
+    """
+
+    u: Tensor
+    energies: Tensor
+
+
+def minimise(
+    energy: Energy | Callable[[Tensor], Tensor],
+    start: Tensor,
+    steps: int,
+    *,
+    step_size: float | Tensor = 1.0,
+    halvings: int = 12,
+    project: Projection | None = None,
+) -> Flow:
+    """Follow the flow from ``start``.
+
+    Args:
+        energy: an object with ``energy(u)`` (B,H,W) and ``gradient(u)``, such as ``TotalDeepVariation``; or a
+            differentiable function of u that gives (B,H,W) or (B,). The gradient of an image is that of its own sum.
+        start: (B,K,H,W) at least 0, summing to 1 over K.
+        steps: at least 0.
+        step_size: first tau, one for all or (B,).
+        halvings: how often a step is tried again before it is left out.
+        project: from logarithms of a map, up to a constant at each pixel, to those of the nearest map that is allowed;
+            start and steps go through it. None allows all.
+
+    Returns:
+        The last map and all energies; no gradient. Where the projection moves ``start``, the first energy is that of
+        the moved one.
+
+    Raises:
+        InputError: a start that is no tissue map, a step size that is not above 0, negative steps.
+
+    Example:
+        >>> start = torch.full((1, 2, 1, 3), 0.5)
+        >>> flow = minimise(lambda u: (u[:, 0] - 0.8).square().sum((1, 2)), start, steps=20)
+        >>> flow.u[0, 0, 0].round(decimals=2).tolist(), bool((flow.energies.diff(dim=0) <= 0).all())
+        ([0.8, 0.8, 0.8], True)
+    """
+    _check(start, steps)
+    tau = torch.as_tensor(step_size, dtype=start.dtype, device=start.device).expand(len(start)).clone()
+    if not bool((tau > 0).all()):
+        raise InputError(f"step_size {step_size}", "is not above 0", "use 1")
+    value, gradient = _parts(energy)
+    with torch.no_grad():
+        u = start.detach()
+        if project is not None:
+            u = project(u.clamp_min(SMALLEST).log()).softmax(1)
+        energies = [value(u)]
+        for _ in range(steps):
+            u, reached, tau = _step(value, gradient(u), u, energies[-1], tau, halvings, project)
+            energies.append(reached)
+    return Flow(u, torch.stack(energies))
+
+
+def mirror_step(u: Tensor, gradient: Tensor, tau: Tensor, project: Projection | None = None) -> Tensor:
+    """One step, differentiable: softmax(log u - tau g) with tau (B,) or a scalar."""
+    logarithms = u.clamp_min(SMALLEST).log() - tau.view(-1, 1, 1, 1) * gradient
+    return (logarithms if project is None else project(logarithms)).softmax(1)
+
+
+def _step(
+    value: Callable[[Tensor], Tensor],
+    gradient: Tensor,
+    u: Tensor,
+    before: Tensor,
+    tau: Tensor,
+    halvings: int,
+    project: Projection | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The step with backtracking: map (B,K,H,W), energies (B,) and step sizes (B,)."""
+    waiting = torch.ones_like(before, dtype=torch.bool)
+    best, reached = u, before
+    for _ in range(halvings + 1):
+        proposed = mirror_step(u, gradient, tau, project)
+        found = value(proposed)
+        taken = waiting & (found <= before)  # not for NaN
+        best = torch.where(taken[:, None, None, None], proposed, best)
+        reached = torch.where(taken, found, reached)
+        tau = torch.where(taken, tau * GROWTH, torch.where(waiting, tau * SHRINKAGE, tau))
+        waiting = waiting & ~taken
+        if not bool(waiting.any()):
+            break
+    return best, reached, tau
+
+
+def _parts(
+    energy: Energy | Callable[[Tensor], Tensor],
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Energy (B,) and gradient of either form."""
+    at_pixels: Callable[[Tensor], Tensor] = energy.energy if isinstance(energy, Energy) else energy
+
+    def value(u: Tensor) -> Tensor:
+        found = at_pixels(u)
+        return found.flatten(1).sum(1) if found.ndim > 1 else found
+
+    if isinstance(energy, Energy):
+        return value, energy.gradient
+
+    def gradient(u: Tensor) -> Tensor:
+        with torch.enable_grad():
+            at = u.detach().requires_grad_()
+            (found,) = torch.autograd.grad(value(at).sum(), at)
+        return found
+
+    return value, gradient
+
+
+def _check(start: Tensor, steps: int) -> None:
+    if start.ndim != 4:
+        raise InputError(f"start of shape {tuple(start.shape)}", "is (B,K,H,W)", "add or drop an axis")
+    if not bool((start >= 0).all()) or not bool(((start.sum(1) - 1).abs() < 1e-3).all()):
+        raise InputError("start", "is no tissue map: at least 0, summing to 1 at every pixel", "take a softmax")
+    if steps < 0:
+        raise InputError(f"steps {steps}", "is negative", "use 0 or more")

@@ -1,0 +1,276 @@
+"""VSLP as a weak method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tissuehint.data.module import Supervision, TissueData
+from tissuehint.data.samples import Batch
+from tissuehint.errors import InputError
+from tissuehint.labels import LabelSpace
+from tissuehint.methods.base import MethodConfig, Training, WeakMethod
+from tissuehint.methods.vslp.confidence import Confidence, best_temperature, proportion_losses
+from tissuehint.methods.vslp.config import FusionConfig, VSLPConfig
+from tissuehint.methods.vslp.energy import (
+    EdgeWeightedTotalVariation,
+    FusionEnergy,
+    FusionWeights,
+    average,
+    disagreement,
+    entropy,
+)
+from tissuehint.methods.vslp.flow import SMALLEST, Flow, Projection, minimise
+from tissuehint.methods.vslp.learning import RegulariserLearning
+from tissuehint.methods.vslp.pictures import write_pictures
+from tissuehint.methods.vslp.views import Seen, View, bring_back, look
+from tissuehint.nn.optimization import build_optimizer
+from tissuehint.ops.capacity import capacity_bias
+from tissuehint.ops.variational_multiclass import segment_multiclass
+from tissuehint.ops.white import white_masks
+
+#: Training images that choose the temperature of stage 1.
+CALIBRATION_IMAGES = 128
+
+#: The flow keeps the proportions of maps that are sharpened by this temperature, and ends with those of the argmax.
+PROJECTION_TEMPERATURE, FINAL_TEMPERATURE = 0.1, 0.01
+
+
+class VSLP(WeakMethod):
+    """Train a network on tissue proportions, and fuse what it says of many views of an image by an energy.
+
+    A reconstruction from the abstract (Effland et al., arXiv 2604.24347): neither the paper's text nor its code is
+    public. See the README of this folder.
+    """
+
+    supervision: ClassVar[Supervision] = "proportions"
+    Config: ClassVar[type[MethodConfig]] = VSLPConfig
+    config: VSLPConfig
+    temperature: Tensor
+
+    def __init__(self, config: VSLPConfig, labels: LabelSpace) -> None:
+        super().__init__(config, labels)
+        fusion = config.fusion
+        if fusion is not None and fusion.ground_cost is not None and len(fusion.ground_cost) != labels.num_tissue:
+            rule = f"has {len(fusion.ground_cost)} classes, the data {labels.num_tissue} ({', '.join(labels.tissue)})"
+            raise InputError("method.fusion.ground_cost", rule, "give one row a tissue class")
+        self.network = Confidence(config.confidence, labels.num_tissue)
+        self.fusion: FusionWeights | None = None
+        if fusion is not None and fusion.regulariser.name == "total_deep_variation":
+            self.fusion = FusionWeights(fusion, labels.num_tissue)
+        self.register_buffer("temperature", torch.ones(()))
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def fit(self, run: Training, data: TissueData) -> None:
+        """Stage 1, its temperature, and the learned part of the fusion; each is a phase that is done once."""
+        confidence = run.phase("confidence")
+        super().fit(confidence, data)
+        if self.config.calibration:
+            self.calibrate(data)
+        learning = self.config.learning
+        if self.fusion is None or learning.steps == 0:
+            return
+        phase = run.phase(
+            "regulariser", steps=learning.steps, batch_size=learning.batch_size, round_steps=learning.round_steps
+        )
+        training = data.hints("train", self.supervision)
+        data.train_on(training, batch_size=phase.batch_size, round_steps=phase.round_steps)
+        phase.fit(RegulariserLearning(self), data)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Those of stage 1: ``proportions``, and ``entropy`` and ``presence`` where they have a weight."""
+        logits, weights = self.network.drawn(batch.images, self.tissue(batch.images))
+        return proportion_losses(logits, weights, batch.need_proportions(), self.config.losses)
+
+    def configure_optimizers(self) -> Any:
+        """Encoder at the base rate, all else of stage 1 at the head rate."""
+        return build_optimizer(self.config.optimization, self.network, self.total_steps())
+
+    @torch.no_grad()
+    def calibrate(self, data: TissueData) -> None:
+        """Choose the temperature on training images, by their proportions; nothing else is changed."""
+        items = data.hints("train", self.supervision)
+        count = min(len(items), CALIBRATION_IMAGES)
+        chosen = [round(place * (len(items) - 1) / max(count - 1, 1)) for place in range(count)]
+        training = self.training
+        self.eval()
+        seen: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+        for index in chosen:
+            sample = items.sample(index)
+            image = sample.image[None].to(self.device)
+            logits, weights = self.network.drawn(image, self.tissue(image))
+            assert sample.proportions is not None
+            for rows, values in zip(seen, (logits[0], weights[0], sample.proportions), strict=True):
+                rows.append(values.float().cpu())
+        self.temperature.fill_(best_temperature(*seen))
+        self.train(training)
+
+    # ---- what the views say ---------------------------------------------------------------------------------------
+
+    def tissue(self, images: Tensor) -> Tensor:
+        """T (B,H,W): 1 on tissue, 0 on white where the label space has white; an image without tissue is all tissue."""
+        if self.labels.white is None:
+            return torch.ones_like(images[:, 0])
+        config = self.config
+        tissue = ~white_masks(images, threshold=config.white_threshold / 255, min_area=config.white_min_area)
+        return (tissue | ~tissue.flatten(1).any(1)[:, None, None]).to(images)
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Size (h,w) of the working grid."""
+        height, width = images.shape[-2:]
+        return -(-height // self.config.resolution), -(-width // self.config.resolution)
+
+    def see(self, images: Tensor, views: list[View] | None = None) -> Seen:
+        """What the network says of views of images, on the working grid, in the frame of the images."""
+        image, size = (images.shape[-2], images.shape[-1]), self.grid(images)
+        probabilities, validity = [], []
+        for view in self.config.test_time.views() if views is None else views:
+            cells = self.network(look(images, view))
+            shares = (cells.logits.float() / self.temperature).softmax(1)
+            moved, valid = bring_back(shares, view, image, cells.covered, size)
+            probabilities.append(moved)
+            validity.append(valid.expand(len(images), -1, -1))
+        seen = Seen(torch.stack(probabilities, 1), torch.stack(validity, 1))
+        unseen = (seen.validity.sum(1, keepdim=True) == 0).to(seen.validity)
+        # a pixel that no view sees takes what is said of the border nearest to it
+        return seen._replace(validity=seen.validity + unseen)
+
+    def energy(self, images: Tensor, seen: Seen, proportions: Tensor | None = None) -> FusionEnergy:
+        """The energy of maps of images on the working grid; ``proportions`` (B,C) for the soft term."""
+        fusion = self._fusion()
+        size = self.grid(images)
+        tissue = F.adaptive_avg_pool2d(self.tissue(images)[:, None], size)[:, 0]
+        small = F.adaptive_avg_pool2d(images, size)
+        soft = proportions if fusion.proportions == "soft" else None
+        regulariser: Any = None
+        if fusion.regulariser.name == "total_variation":
+            regulariser = EdgeWeightedTotalVariation(fusion.regulariser, small)
+        if self.fusion is None:
+            return FusionEnergy(fusion, seen, tissue, regulariser, None, fusion.fidelity_weight, soft)
+        guide = small if fusion.regulariser.guide == "image" else None
+        return FusionEnergy(fusion, seen, tissue, self.fusion.regulariser, guide, self.fusion.log_fidelity.exp(), soft)
+
+    # ---- tissue maps ----------------------------------------------------------------------------------------------
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Tissue map without proportions."""
+        return self._tissue_map(self.fuse(images).u, images)
+
+    def label_guided(self, batch: Batch) -> Tensor:
+        """Tissue map with the proportions of the images; zero for an image whose proportions are all 0."""
+        proportions = batch.need_proportions()
+        known = proportions.sum(1) > 0
+        # an image without proportions gets any, and no map
+        filled = torch.where(known[:, None], proportions, 1 / proportions.shape[1])
+        maps = self._tissue_map(self.fuse(batch.images, filled).u, batch.images)
+        return maps * known[:, None, None, None]
+
+    @torch.no_grad()
+    def fuse(self, images: Tensor, proportions: Tensor | None = None) -> Flow:
+        """Soft maps (B,C,h,w) on the working grid, and the energies on the way."""
+        seen = self.see(images)
+        start = average(seen, self.config.average)
+        fusion = self.config.fusion
+        if fusion is None:
+            tissue = F.adaptive_avg_pool2d(self.tissue(images)[:, None], self.grid(images))[:, 0]
+            found = Flow(start, start.new_zeros(1, len(start)))
+            return found if proportions is None else self._with_areas(found, proportions, tissue)
+        if fusion.proportions == "none":
+            proportions = None
+        energy = self.energy(images, seen, proportions)
+        if fusion.solver == "primal_dual":
+            found = self._exact(energy, proportions)
+        else:
+            found = self._flow(energy, start, proportions)
+        if proportions is None or fusion.proportions != "near_hard":
+            return found
+        return self._with_areas(found, proportions, energy.tissue)
+
+    @torch.no_grad()
+    def explain(self, batch: Batch) -> dict[str, Tensor]:
+        """How a map comes about, on the working grid.
+
+        ``confidence``: (B,C,h,w), average of the views; ``disagreement`` and ``entropy``: of the views, (B,1,h,w);
+        ``soft_map``: (B,C,h,w), their fusion without proportions, and ``guided_map`` with those of the images, where
+        all have some. Of the latter, or else the former: ``fidelity_energy`` and ``regularisation_energy`` (B,1,h,w).
+        ``proportion_energy``: (B,1,h,w) of the former, high where a pixel is of a class that is given less area.
+        """
+        images, proportions = batch.images, batch.proportions
+        seen = self.see(images)
+        start = average(seen, self.config.average)
+        found = {
+            "confidence": start,
+            "disagreement": disagreement(seen, start)[:, None],
+            "entropy": entropy(start)[:, None],
+            "soft_map": self.fuse(images).u,
+        }
+        known = proportions is not None and bool((proportions.sum(1) > 0).all())
+        if known:
+            found["guided_map"] = self.fuse(images, proportions).u
+        if self.config.fusion is None:
+            return found
+        energy = self.energy(images, seen)
+        for name, values in energy.terms(found["guided_map" if known else "soft_map"]).items():
+            found[f"{name}_energy"] = values[:, None]
+        if known and proportions is not None:
+            found["proportion_energy"] = energy.proportion_map(found["soft_map"], proportions)[:, None]
+        return found
+
+    def illustrate(self, data: TissueData, folder: Path) -> None:
+        """The energies of some images."""
+        if self.config.fusion is not None:
+            write_pictures(self, data, folder)
+
+    # ---- small parts ----------------------------------------------------------------------------------------------
+
+    def _fusion(self) -> FusionConfig:
+        assert self.config.fusion is not None
+        return self.config.fusion
+
+    def _flow(self, energy: FusionEnergy, start: Tensor, proportions: Tensor | None) -> Flow:
+        fusion = self._fusion()
+        project: Projection | None = None
+        if proportions is not None and fusion.proportions == "near_hard":
+            wanted = proportions
+
+            def project(logarithms: Tensor) -> Tensor:
+                bias = capacity_bias(logarithms, wanted, energy.tissue, temperature=PROJECTION_TEMPERATURE)
+                return logarithms + bias[:, :, None, None]
+
+        step = fusion.step_size if self.fusion is None else self.fusion.log_step.detach().exp()
+        return minimise(energy, start, fusion.steps, step_size=step, project=project)
+
+    def _exact(self, energy: FusionEnergy, proportions: Tensor | None) -> Flow:
+        """The minimiser of a convex energy by the primal-dual method."""
+        fusion = self._fusion()
+        edges = energy.regulariser.edge if isinstance(energy.regulariser, EdgeWeightedTotalVariation) else None
+        found = segment_multiclass(
+            fusion.fidelity_weight * energy.costs(),
+            smoothness=0.0 if edges is None else fusion.regulariser.smoothness,
+            edge_weight=edges,
+            weights=energy.tissue,
+            proportions=proportions,
+            strength=0.0 if proportions is None else self._strength(),
+        )
+        return Flow(found.u, found.energy[None])
+
+    def _strength(self) -> float:
+        """Of the proportions in the exact solver: more than any class can gain at a pixel holds them."""
+        fusion = self._fusion()
+        return fusion.proportion_weight if fusion.proportions == "soft" else 100.0 * fusion.fidelity_weight
+
+    def _with_areas(self, found: Flow, proportions: Tensor, tissue: Tensor) -> Flow:
+        """Move the classes of a map by biases, so that the likeliest ones have these areas."""
+        logarithms = found.u.clamp_min(SMALLEST).log()
+        bias = capacity_bias(logarithms, proportions, tissue, temperature=FINAL_TEMPERATURE)
+        return found._replace(u=(logarithms + bias[:, :, None, None]).softmax(1))
+
+    def _tissue_map(self, u: Tensor, images: Tensor) -> Tensor:
+        shares = F.interpolate(u, images.shape[-2:], mode="bilinear", align_corners=False)
+        shares = shares / shares.sum(1, keepdim=True).clamp_min(1e-8)
+        return self.config.split_white(self.config.refine(shares, images), images, self.labels)
