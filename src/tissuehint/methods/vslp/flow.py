@@ -21,7 +21,8 @@ SMALLEST = 1e-6
 #: After a step that was taken, and after one that was not (VSLP spec, Section 5).
 GROWTH, SHRINKAGE = 1.2, 0.5
 
-Projection = Callable[[Tensor], Tensor]
+OfMap = Callable[[Tensor], Tensor]
+Projection = OfMap
 
 
 @runtime_checkable
@@ -48,7 +49,7 @@ class Flow(NamedTuple):
 
 
 def minimise(
-    energy: Energy | Callable[[Tensor], Tensor],
+    energy: Energy | OfMap,
     start: Tensor,
     steps: int,
     *,
@@ -104,7 +105,7 @@ def mirror_step(u: Tensor, gradient: Tensor, tau: Tensor, project: Projection | 
 
 
 def _step(
-    value: Callable[[Tensor], Tensor],
+    value: OfMap,
     gradient: Tensor,
     u: Tensor,
     before: Tensor,
@@ -128,11 +129,9 @@ def _step(
     return best, reached, tau
 
 
-def _parts(
-    energy: Energy | Callable[[Tensor], Tensor],
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def _parts(energy: Energy | OfMap) -> tuple[OfMap, OfMap]:
     """Energy (B,) and gradient of either form."""
-    at_pixels: Callable[[Tensor], Tensor] = energy.energy if isinstance(energy, Energy) else energy
+    at_pixels: OfMap = energy.energy if isinstance(energy, Energy) else energy
 
     def value(u: Tensor) -> Tensor:
         found = at_pixels(u)

@@ -68,10 +68,8 @@ class RegulariserLearning(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Sum of the terms; each is logged."""
-        if self.warming_up and self.global_step % 2 == 1:
-            terms = {"mending": self.mend(batch)}
-        else:
-            terms = self.terms(batch)
+        made_up = self.warming_up and self.global_step % 2 == 1
+        terms = {"mending": self.mend(batch)} if made_up else self.terms(batch)
         total = torch.stack(list(terms.values())).sum()
         named = {f"train_{name}": value.detach() for name, value in terms.items()}
         named |= {"step_size": self.fusion.log_step.detach().exp(), "lambda": self.fusion.log_fidelity.detach().exp()}
