@@ -77,6 +77,43 @@ TINY = {
             "optimization": {**FAST, "learning_rate": 2e-4},
         },
     ],
+    "vslp": [
+        {
+            "confidence": {"encoder": ENCODER},
+            "test_time": {"rotations": [0, 30], "mirror": True},
+            "fusion": {"regulariser": {"features": 4}, "steps": 3},
+            "learning": {"steps": 4, "round_steps": 2, "warm_up": 2, "views": 2},
+            "optimization": FAST,
+        },
+        {
+            "confidence": {"encoder": ENCODER, "cells": "tiles", "tiles": {"stride": 16, "side": 32}},
+            "test_time": {"rotations": [0, 90], "mirror": False, "offsets": [0, 5]},
+            "fusion": {"fidelity": "linear", "regulariser": {"name": "total_variation"}, "solver": "primal_dual"},
+            "optimization": FAST,
+        },
+        {
+            "confidence": {"cells": "pixels", "network": UNET},
+            "losses": {"form": "l1", "dead_zone": 0.02},
+            "test_time": {"rotations": [0], "mirror": False},
+            "average": "mean",
+            "resolution": 1,
+            "fusion": None,
+            "optimization": FAST,
+        },
+        {
+            "confidence": {"encoder": {"name": "hf:mit_b0"}, "levels": 2},
+            "test_time": {"rotations": [0, 180], "mirror": False},
+            "fusion": {
+                "ground_cost": [[0, 1, 2], [1, 0, 1], [2, 1, 0]],
+                "proportions": "soft",
+                "view_entropy": 1.0,
+                "regulariser": {"features": 4, "guide": "none"},
+                "steps": 2,
+            },
+            "learning": {"steps": 2, "round_steps": 2, "warm_up": 1, "batch_size": 4},
+            "optimization": {**FAST, "learning_rate": 2e-4},
+        },
+    ],
     "cvm": [
         {"network": UNET, "optimization": FAST},
         *({"network": UNET, "complement": name, "optimization": FAST} for name in COMPARED),

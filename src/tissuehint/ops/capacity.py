@@ -24,7 +24,7 @@ COOLING = 0.5
 STEPS, LAST_STEPS = 4, 30
 
 #: Shares count as reached when none is off by more than this.
-TOLERANCE = 1e-5
+TOLERANCE = 1e-7
 
 #: A class that must not occur is held this far below all others, in units of the score's spread.
 EXCLUDED = 1e4
@@ -69,37 +69,38 @@ def capacity_bias(
         mass = torch.where(heavy, mass, 1.0)
         mass = mass / mass.sum(1, keepdim=True)
         absent = shares <= 0
-        spread = (flat.amax((1, 2)) - flat.amin((1, 2)) + temperature)[:, None]
+        spread = (flat.amax((1, 2)) - flat.amin((1, 2)))[:, None] + temperature
         flat = flat - (EXCLUDED * spread * absent)[:, :, None]
-        q = _solve(flat, shares, mass, absent, temperature, float(spread.max()))
+        q = _solve(flat, shares, mass, absent, temperature, spread)
         present = (~absent).to(q)
         q = q - (q * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)
         q = torch.where(absent, -EXCLUDED * spread, q)
         return (q * heavy).to(scores)
 
 
-def _solve(scores: Tensor, shares: Tensor, mass: Tensor, absent: Tensor, temperature: float, spread: float) -> Tensor:
-    """(B,K) biases, by Newton's method with halved steps along falling temperatures."""
+def _solve(scores: Tensor, shares: Tensor, mass: Tensor, absent: Tensor, temperature: float, spread: Tensor) -> Tensor:
+    """(B,K) biases, by Newton's method with halved steps along falling temperatures, each image by itself."""
     q = torch.zeros_like(shares)
-    current = max(temperature, spread)
+    current = spread.clamp_min(temperature)  # (B,1)
     while True:
-        last = current <= temperature
+        last = bool((current <= temperature).all())
         for _ in range(LAST_STEPS if last else STEPS):
-            soft = ((scores + q[:, :, None]) / current).softmax(1)
+            soft = ((scores + q[:, :, None]) / current[:, :, None]).softmax(1)
             lacking = shares - (soft * mass[:, None]).sum(2)
-            if float(lacking.abs().max()) < TOLERANCE:
+            reached = lacking.abs().amax(1, keepdim=True) < TOLERANCE
+            if bool(reached.all()):
                 break
-            step = _newton(soft, mass, lacking, absent, current)
+            step = _newton(soft, mass, lacking, absent, current) * ~reached
             q = _descend(scores, shares, mass, q, step, lacking, current)
         if last:
             return q
-        current = max(temperature, current * COOLING)
+        current = (current * COOLING).clamp_min(temperature)
 
 
-def _newton(soft: Tensor, mass: Tensor, lacking: Tensor, absent: Tensor, temperature: float) -> Tensor:
+def _newton(soft: Tensor, mass: Tensor, lacking: Tensor, absent: Tensor, temperature: Tensor) -> Tensor:
     """The Hessian of the dual is the covariance of the soft assignment over the temperature; constants are free."""
     weighted = soft * mass[:, None]
-    hessian = (torch.diag_embed(weighted.sum(2)) - weighted @ soft.transpose(1, 2)) / temperature
+    hessian = (torch.diag_embed(weighted.sum(2)) - weighted @ soft.transpose(1, 2)) / temperature[:, :, None]
     scale = hessian.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-12)[:, None, None]
     eye = torch.eye(soft.shape[1], dtype=soft.dtype, device=soft.device)
     # a little more than the Hessian, so that it can be solved where a class has lost all its pixels
@@ -109,12 +110,12 @@ def _newton(soft: Tensor, mass: Tensor, lacking: Tensor, absent: Tensor, tempera
 
 
 def _descend(
-    scores: Tensor, shares: Tensor, mass: Tensor, q: Tensor, step: Tensor, lacking: Tensor, temperature: float
+    scores: Tensor, shares: Tensor, mass: Tensor, q: Tensor, step: Tensor, lacking: Tensor, temperature: Tensor
 ) -> Tensor:
     """The step, halved for each image until the dual falls enough (Armijo)."""
 
     def dual(biases: Tensor) -> Tensor:
-        smooth = temperature * ((scores + biases[:, :, None]) / temperature).logsumexp(1)
+        smooth = temperature * ((scores + biases[:, :, None]) / temperature[:, :, None]).logsumexp(1)
         return (smooth * mass).sum(1) - (biases * shares).sum(1)
 
     before = dual(q)

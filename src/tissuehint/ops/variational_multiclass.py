@@ -143,7 +143,7 @@ class _Problem:
         # diagonal steps: tau is one over the column sums of the operator (4 differences, one area), sigma over the rows
         tau = 1 / (4 + self.weights / self.weights.amax((1, 2, 3), keepdim=True).clamp_min(1e-12))
         scale = self.weights.amax((1, 2, 3))[:, None].clamp_min(1e-12)
-        best: tuple[Tensor, Tensor, Tensor] | None = None
+        found = MultiClass(u, self.energy(u), torch.full_like(self.total[:, 0], float("inf")), 0)
         done = 0
         while True:
             for _ in range(CHECK_EVERY):
@@ -158,19 +158,19 @@ class _Problem:
                 done += 1
                 if done >= max_iterations:
                     break
-            energy = self.energy(u)
-            gap = energy - self._dual(field, bias)
-            if best is None:
-                best = (u, energy, gap)
-            else:
-                better = energy <= best[1]
-                kept = torch.where(better[:, None, None, None], u, best[0])
-                # the dual bound of either holds for both
-                bound = torch.maximum(energy - gap, best[1] - best[2])
-                value = torch.where(better, energy, best[1])
-                best = (kept, value, value - bound)
-            if done >= max_iterations or bool((best[2] <= tolerance * best[1].abs().clamp_min(1)).all()):
-                return MultiClass(*best, done)
+            found = self._better(found, u, self._dual(field, bias), tolerance, done)
+            if done >= max_iterations or bool(_reached(found, tolerance).all()):
+                return found
+
+    def _better(self, found: MultiClass, u: Tensor, bound: Tensor, tolerance: float, done: int) -> MultiClass:
+        """The better of two maps for each image, and of two bounds; images that are done stay as they are."""
+        energy = self.energy(u)
+        going_on = ~_reached(found, tolerance)
+        better = going_on & (energy <= found.energy)
+        kept = torch.where(better[:, None, None, None], u, found.u)
+        value = torch.where(better, energy, found.energy)
+        gap = torch.where(going_on, value - torch.maximum(bound, found.energy - found.gap), found.gap)
+        return MultiClass(kept, value, gap, done)
 
     def energy(self, u: Tensor) -> Tensor:
         """(B,)."""
@@ -192,6 +192,10 @@ class _Problem:
     def _within(self, field: Tensor) -> Tensor:
         length = field.square().sum(0, keepdim=True).sqrt()
         return field * (self.edge / length.clamp_min(1e-12)).clamp_max(1)
+
+
+def _reached(found: MultiClass, tolerance: float) -> Tensor:
+    return found.gap <= tolerance * found.energy.abs().clamp_min(1)
 
 
 def _gradient(u: Tensor) -> Tensor:

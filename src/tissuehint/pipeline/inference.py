@@ -91,10 +91,10 @@ class StageOneMaps:
     def explain(self, record: Record) -> dict[str, Tensor]:
         """Named maps (n,H,W) of how the method reads a record and its hints, each in [0,1].
 
-        Where images are cut into windows, the mean over the windows that see a pixel for methods that learn from tags,
-        whose maps speak of the same classes in every window; for others none.
+        Where images are cut into windows, the mean over the windows that see a pixel for methods that learn from tags
+        or proportions, whose maps speak of the same classes in every window; for others none.
         """
-        if self.grid is not None and self.method.supervision != "tags":
+        if self.grid is not None and self.method.supervision == "points":
             return {}
         hints, channels = self._hints(record), dict[str, int]()
 
@@ -114,7 +114,10 @@ class StageOneMaps:
 
         slid = self._slide(record, mapper).cpu()
         parts = torch.split(slid, list(channels.values()))
-        return {name: _picture(maps) for name, maps in zip(channels, parts, strict=True)}
+        return {
+            name: _from_lowest(maps) if name.endswith("_energy") else _picture(maps)
+            for name, maps in zip(channels, parts, strict=True)
+        }
 
     def _slide(self, record: Record, mapper: Callable[[Tensor, list[tuple[int, int]]], Tensor]) -> Tensor:
         image = to_tensor(self.data.read(record))
@@ -179,6 +182,12 @@ def _picture(maps: Tensor) -> Tensor:
     """The part above 0, divided by its largest value where that is above 1."""
     shown = maps.clamp_min(0)
     return shown / shown.amax().clamp_min(1)
+
+
+def _from_lowest(maps: Tensor) -> Tensor:
+    """From 0 at the smallest value to 1 at the largest; energies have no natural ends."""
+    low, high = maps.amin(), maps.amax()
+    return (maps - low) / (high - low).clamp_min(1e-12)
 
 
 def _even(tissue_map: Tensor) -> Tensor:

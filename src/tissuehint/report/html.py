@@ -17,7 +17,7 @@ from tissuehint.report.gallery import gallery
 from tissuehint.report.markup import Markup, join, tag
 from tissuehint.report.plots import training_charts
 from tissuehint.report.prepared import picture_sections, section_pictures
-from tissuehint.report.record import STAGE_TITLES, STAGES, RunRecord, number, read_run
+from tissuehint.report.record import STAGE_TITLES, STAGES, RunRecord, number, read_run, stage_title
 from tissuehint.report.scores import class_tables, headline, notes, published, score_table
 
 SECTIONS = (
@@ -160,7 +160,7 @@ def _stage_list(record: RunRecord) -> Markup:
 
 def _curves(record: RunRecord) -> Markup:
     charts = [chart for stage, curves in record.curves.items() for chart in training_charts(stage, curves)]
-    empty = [STAGE_TITLES[stage] for stage, curves in record.curves.items() if not curves.series]
+    empty = [stage_title(stage) for stage, curves in record.curves.items() if not curves.series]
     parts: list[Markup] = [tag("div", *charts, class_="charts")] if charts else []
     if empty:
         parts.append(tag("p", f"The log is empty: {', '.join(empty)}.", class_="missing"))

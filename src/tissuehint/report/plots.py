@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from tissuehint.report.markup import Markup, join, tag
-from tissuehint.report.record import STAGE_TITLES, Curves, Point
+from tissuehint.report.record import Curves, Point, stage_title
 
 WIDTH, HEIGHT = 520, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 40
@@ -32,7 +32,7 @@ class _Frame:
 
 def training_charts(stage: str, curves: Curves) -> list[Markup]:
     """One chart of the losses of a stage and one of its validation scores; those without values are left out."""
-    title = STAGE_TITLES.get(stage, stage)
+    title = stage_title(stage)
     losses = {name: points for name, points in curves.series.items() if "loss" in name.lower()}
     scores = {name: points for name, points in curves.series.items() if name.startswith("val_") and name not in losses}
     lost = {name: count for name, count in curves.not_finite.items() if "loss" in name or name.startswith("val_")}

@@ -98,7 +98,7 @@ def read_run(folder: Path) -> RunRecord:
     scores = _read_json(folder, "scores.json", problems)
     model = _read_json(folder, "model/model.json", problems)
     pictures = {name: _read_json(folder, f"{place}/pictures.json", problems) for name, place in PICTURE_PLACES.items()}
-    curves = {stage: _read_curves(folder, f"{stage}/metrics.csv", problems) for stage in STAGES}
+    curves = {stage: _read_curves(folder, f"{stage}/metrics.csv", problems) for stage in _logged(folder)}
     done = {stage: _read_json(folder, f"{stage}/done.json", problems) for stage in STAGES}
     ratio = (scores or {}).get("weak_full_ratio")
     return RunRecord(
@@ -203,6 +203,22 @@ def _gallery(index: Mapping[str, Any] | None, problems: list[str]) -> tuple[Gall
         split = str(item.get("split") or "")
         found.append(GalleryItem(str(item.get("id", position)), split, files, number(item.get("miou"))))
     return tuple(found)
+
+
+def _logged(folder: Path) -> list[str]:
+    """Stages, and below each the phases of a method that trains in several: ``stage1/confidence``."""
+    found = []
+    for stage in STAGES:
+        phases = sorted((folder / stage).glob("*/metrics.csv"), key=lambda path: (path.stat().st_mtime_ns, path))
+        found += [stage, *(f"{stage}/{path.parent.name}" for path in phases)]
+    return found
+
+
+def stage_title(stage: str) -> str:
+    """What a stage, or a phase of one, is called on the page."""
+    name, _, phase = stage.partition("/")
+    title = STAGE_TITLES.get(name, name)
+    return f"{title}, {phase}" if phase else title
 
 
 def _read_curves(folder: Path, place: str, problems: list[str]) -> Curves | None:

@@ -3,8 +3,8 @@ r"""The energy of a tissue map, pixel by pixel, so that it can be looked at.
 E(u) = lambda sum_x T(x) sum_t w_t(x) W_C(u(x), p_t(x)) + sum_x r(u)(x) + gamma |T| W(mean_T u, pi)
 
 for u(x) in the simplex (reconstructed from the abstract of VSLP: Wasserstein fidelity to the views p_t, regulariser r,
-proportions pi over the tissue T). With the ground cost 1 between any two classes W(a, b) = ||a - b||_1 / 2, smoothed here by
-|s| = sqrt(s^2 + SMOOTHING^2) - SMOOTHING; other costs take entropic transport at every pixel.
+proportions pi over the tissue T). With the ground cost 1 between any two classes W(a, b) = ||a - b||_1 / 2, smoothed
+here by |s| = sqrt(s^2 + SMOOTHING^2) - SMOOTHING; other costs take entropic transport at every pixel.
 """
 
 from __future__ import annotations

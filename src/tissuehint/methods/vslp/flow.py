@@ -21,6 +21,9 @@ SMALLEST = 1e-6
 #: After a step that was taken, and after one that was not (VSLP spec, Section 5).
 GROWTH, SHRINKAGE = 1.2, 0.5
 
+#: Least fall of the energy, per pixel, for which a step is taken; below it rounding decides.
+LEAST_FALL = 1e-6
+
 OfMap = Callable[[Tensor], Tensor]
 Projection = OfMap
 
@@ -65,7 +68,8 @@ def minimise(
         start: (B,K,H,W) at least 0, summing to 1 over K.
         steps: at least 0.
         step_size: first tau, one for all or (B,).
-        halvings: how often a step is tried again before it is left out.
+        halvings: how often a step is tried again. An image where none of them lowers the energy by a millionth per
+            pixel has arrived, and stays where it is.
         project: from logarithms of a map, up to a constant at each pixel, to those of the nearest map that is allowed;
             start and steps go through it. None allows all.
 
@@ -92,10 +96,14 @@ def minimise(
         if project is not None:
             u = project(u.clamp_min(SMALLEST).log()).softmax(1)
         energies = [value(u)]
+        going_on = torch.ones(len(start), dtype=torch.bool, device=start.device)
         for _ in range(steps):
-            u, reached, tau = _step(value, gradient(u), u, energies[-1], tau, halvings, project)
-            energies.append(reached)
-    return Flow(u, torch.stack(energies))
+            if bool(going_on.any()):
+                u, reached, tau, going_on = _step(value, gradient(u), u, energies[-1], tau, going_on, halvings, project)
+                energies.append(reached)
+            else:
+                energies.append(energies[-1])
+    return Flow(u, torch.stack(energies).to(start.dtype))
 
 
 def mirror_step(u: Tensor, gradient: Tensor, tau: Tensor, project: Projection | None = None) -> Tensor:
@@ -110,23 +118,25 @@ def _step(
     u: Tensor,
     before: Tensor,
     tau: Tensor,
+    going_on: Tensor,
     halvings: int,
     project: Projection | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The step with backtracking: map (B,K,H,W), energies (B,) and step sizes (B,)."""
-    waiting = torch.ones_like(before, dtype=torch.bool)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The step with backtracking: map (B,K,H,W), energies, step sizes, and which images have taken it (B,)."""
+    waiting = going_on
     best, reached = u, before
+    enough = before - LEAST_FALL * u.shape[2] * u.shape[3]
     for _ in range(halvings + 1):
         proposed = mirror_step(u, gradient, tau, project)
         found = value(proposed)
-        taken = waiting & (found <= before)  # not for NaN
+        taken = waiting & (found <= enough)  # not for NaN
         best = torch.where(taken[:, None, None, None], proposed, best)
         reached = torch.where(taken, found, reached)
         tau = torch.where(taken, tau * GROWTH, torch.where(waiting, tau * SHRINKAGE, tau))
         waiting = waiting & ~taken
         if not bool(waiting.any()):
             break
-    return best, reached, tau
+    return best, reached, tau, going_on & ~waiting
 
 
 def _parts(energy: Energy | OfMap) -> tuple[OfMap, OfMap]:
@@ -135,7 +145,8 @@ def _parts(energy: Energy | OfMap) -> tuple[OfMap, OfMap]:
 
     def value(u: Tensor) -> Tensor:
         found = at_pixels(u)
-        return found.flatten(1).sum(1) if found.ndim > 1 else found
+        precise = found.dtype if found.device.type == "mps" else torch.float64
+        return found.flatten(1).sum(1, dtype=precise) if found.ndim > 1 else found.to(precise)
 
     if isinstance(energy, Energy):
         return value, energy.gradient

@@ -37,7 +37,7 @@ from tissuehint.ops.white import white_masks
 CALIBRATION_IMAGES = 128
 
 #: The flow keeps the proportions of maps that are sharpened by this temperature, and ends with those of the argmax.
-PROJECTION_TEMPERATURE, FINAL_TEMPERATURE = 0.1, 0.01
+PROJECTION_TEMPERATURE, FINAL_TEMPERATURE = 0.1, 0.02
 
 
 class VSLP(WeakMethod):
@@ -197,7 +197,7 @@ class VSLP(WeakMethod):
 
         ``confidence``: (B,C,h,w), average of the views; ``disagreement`` and ``entropy``: of the views, (B,1,h,w);
         ``soft_map``: (B,C,h,w), their fusion without proportions, and ``guided_map`` with those of the images, where
-        all have some. Of the latter, or else the former: ``fidelity_energy`` and ``regularisation_energy`` (B,1,h,w).
+        the batch has some. Of the latter, or else the former: ``fidelity_energy``, ``regularisation_energy`` (B,1,h,w).
         ``proportion_energy``: (B,1,h,w) of the former, high where a pixel is of a class that is given less area.
         """
         images, proportions = batch.images, batch.proportions
@@ -209,15 +209,19 @@ class VSLP(WeakMethod):
             "entropy": entropy(start)[:, None],
             "soft_map": self.fuse(images).u,
         }
-        known = proportions is not None and bool((proportions.sum(1) > 0).all())
-        if known:
+        if proportions is not None:
+            # an image without proportions keeps those of its free map
+            free = found["soft_map"].mean((2, 3))
+            proportions = torch.where(
+                proportions.sum(1, keepdim=True) > 0, proportions, free / free.sum(1, keepdim=True)
+            )
             found["guided_map"] = self.fuse(images, proportions).u
         if self.config.fusion is None:
             return found
         energy = self.energy(images, seen)
-        for name, values in energy.terms(found["guided_map" if known else "soft_map"]).items():
+        for name, values in energy.terms(found.get("guided_map", found["soft_map"])).items():
             found[f"{name}_energy"] = values[:, None]
-        if known and proportions is not None:
+        if proportions is not None:
             found["proportion_energy"] = energy.proportion_map(found["soft_map"], proportions)[:, None]
         return found
 

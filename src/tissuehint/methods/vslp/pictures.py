@@ -58,8 +58,8 @@ def write_pictures(method: VSLP, data: TissueData, folder: Path) -> None:
     falls = "; ".join(f"{name}: {energies[0]:.1f} to {energies[-1]:.1f}" for name, energies in flows.items())
     text = (
         f"Images of {split} with their proportions. From left to right: {', '.join(shown)} (bright: high, each from "
-        "its smallest to its largest value). The fidelity is high where the map leaves the views, the regularisation where "
-        "the map is unlikely by itself, the proportion energy where a class has more area than it is given."
+        "its smallest to its largest value). The fidelity is high where the map leaves the views, the regularisation "
+        "where the map is unlikely by itself, the proportion energy where a class has more area than it is given."
     )
     caption = f"Energy along the flow, start to end. {falls}"
     pictures = [{"file": FILE, "caption": caption}]

@@ -1,9 +1,9 @@
 r"""Test-time augmentation: an image turned, mirrored and shifted, and what is said of it brought back into its frame.
 
 A view looks at the image through a canvas, with the rotation R, the mirroring F and the shift d: what stands at p on
-the canvas is the image at R F (p - d) around the centres of both. What lies outside the image is white, never black. All in
-continuous pixels, one resampling each way; a pixel that a view does not see (a corner that turned out of the canvas)
-has validity 0 there.
+the canvas is the image at R F (p - d) around the centres of both. What lies outside the image is white, never black.
+All in continuous pixels, one resampling each way; a pixel that a view does not see (a corner that turned out of the
+canvas) has validity 0 there.
 """
 
 from __future__ import annotations
