@@ -57,6 +57,9 @@ class EncoderConfig(BaseModel):
         frozen_levels: the stem and the first n maps of the pyramid are not trained (everything that these maps depend
             on, batch norms with their statistics). For ``resnet38d`` 1 is the first convolution and the blocks b2, as
             in the papers' code; for a ResNet of timm 1 is the stem, 2 is the stem and the first stage.
+        depth: maps of the pyramid that are made, counted from the finest; None makes all. Coarse maps see far beyond
+            their cells. What stands behind the last map is not built where the network can be cut, and else not
+            trained.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,6 +70,7 @@ class EncoderConfig(BaseModel):
     normalization: Literal["imagenet", "inception", "unit"] | ChannelStatistics = "imagenet"
     frozen_norm: bool = False
     frozen_levels: int = Field(default=0, ge=0)
+    depth: int | None = Field(default=None, ge=1)
 
     @property
     def statistics(self) -> ChannelStatistics:
@@ -78,7 +82,7 @@ class EncoderConfig(BaseModel):
 
 def _trained_as_a_whole(encoder: EncoderConfig) -> EncoderConfig:
     """Refuse the keys that only encoders of class maps know."""
-    for key in ("frozen_norm", "frozen_levels"):
+    for key in ("frozen_norm", "frozen_levels", "depth"):
         if getattr(encoder, key):
             raise ValueError(
                 f"{key} is for encoders of class maps and has no effect in a network or trunk; leave it out"

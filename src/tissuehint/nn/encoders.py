@@ -67,15 +67,17 @@ class Encoder(nn.Module):
         self.normalization = Normalization(config.statistics)
         self.backbone: nn.Module
         self._channels_last = False
+        self.multiple = 1
+        self._frozen_norms: tuple[str, ...] = ()
         if config.name.startswith(TRANSFORMERS_PREFIX):
             self._build_transformers()
         elif config.name == RESNET38D:
             self._build_resnet38d()
         else:
             self._build_timm()
+        self._keep_depth()
         # every cell of the coarsest map sees whole pixels
-        self.multiple = max(self.strides)
-        self._frozen_norms: tuple[str, ...] = ()
+        self.multiple = max(self.multiple, *self.strides)
         self._freeze()
 
     def train(self, mode: bool = True) -> Encoder:
@@ -105,7 +107,7 @@ class Encoder(nn.Module):
             maps = [each.permute(0, 3, 1, 2).contiguous() for each in maps]
         return [
             each[..., : -(-height // stride), : -(-width // stride)]
-            for each, stride in zip(maps, self.strides, strict=True)
+            for each, stride in zip(maps, self.strides, strict=False)  # the maps behind ``depth`` are left out
         ]
 
     def _build_transformers(self) -> None:
@@ -134,6 +136,22 @@ class Encoder(nn.Module):
         self.backbone, self.channels, self.strides = backbone, backbone.channels, backbone.strides
         self.weights = None if config.weights == "none" else backbone.load(Path(config.weights).expanduser())
 
+    def _keep_depth(self) -> None:
+        """Forget the maps behind ``depth``, and train nothing that they alone depend on."""
+        depth = self.config.depth
+        if depth is None:
+            return
+        if depth > len(self.channels):
+            rule = f"is more than the {len(self.channels)} maps of '{self.config.name}'"
+            raise InputError(f"depth {depth}", rule, f"use at most {len(self.channels)}")
+        # the backbone still makes the others where it cannot be cut, and its images must suit these
+        self.multiple = max(self.strides)
+        self.channels, self.strides = self.channels[:depth], self.strides[:depth]
+        used = {id(parameter) for parameter in parameters_of_levels(self, depth)}
+        for parameter in self.parameters():
+            if id(parameter) not in used:
+                parameter.requires_grad_(False)
+
     def _freeze(self) -> None:
         """Take what ``frozen_norm`` and ``frozen_levels`` name out of the training."""
         frozen = parameters_of_levels(self, self.config.frozen_levels)
@@ -154,11 +172,30 @@ class Encoder(nn.Module):
     def _build_timm(self) -> None:
         config = self.config
         self.backbone = timm_pyramid(config, features_only=True)
+        if config.depth is not None and config.depth < len(strides_of(self.backbone)):
+            self.backbone = timm_pyramid(config, features_only=True, out_indices=tuple(range(config.depth)))
+            cut(self.backbone)
         information: Any = self.backbone.feature_info
         self.channels = tuple(int(each) for each in information.channels())
         self.strides = tuple(int(each) for each in information.reduction())
         self._channels_last = getattr(self.backbone, "output_fmt", None) == "NHWC"
         self.weights = load_timm_weights(self.backbone, config)
+
+
+def strides_of(backbone: Any) -> tuple[int, ...]:
+    """Strides of the maps of a timm pyramid, fine to coarse."""
+    return tuple(int(each) for each in backbone.feature_info.reduction())
+
+
+def is_efficient(backbone: nn.Module) -> bool:
+    """EfficientNet, MobileNet and relatives, which timm does not cut itself."""
+    return [name for name, _ in backbone.named_children() if name != "act1"] == ["conv_stem", "bn1", "blocks"]
+
+
+def cut(backbone: Any) -> None:
+    """Drop what comes after the last map of a timm pyramid, where timm has not done it and it can be done."""
+    if is_efficient(backbone):
+        backbone.blocks = backbone.blocks[: backbone.feature_info.get_dicts()[-1]["stage"]]
 
 
 def build_encoder(config: EncoderConfig) -> Encoder:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tissuehint.errors import InputError
 from tissuehint.nn.config import EncoderConfig, TrunkConfig
-from tissuehint.nn.encoders import load_timm_weights, timm_pyramid
+from tissuehint.nn.encoders import cut, is_efficient, load_timm_weights, timm_pyramid
 from tissuehint.nn.weights import LoadedWeights
 
 __all__ = ["Trunk", "TrunkConfig"]
@@ -56,7 +56,7 @@ class Trunk(nn.Module):
         self.backbone: Any = timm_pyramid(
             config.encoder, features_only=True, out_indices=(_index(config.encoder, config.stride),)
         )
-        _cut(self.backbone)
+        cut(self.backbone)
         information: Any = self.backbone.feature_info
         self.channels = int(information.channels()[-1])
         self.weights: LoadedWeights | None = load_timm_weights(self.backbone, config.encoder)
@@ -86,7 +86,7 @@ def _index(encoder: EncoderConfig, stride: int) -> int:
     """Number of the last map of that stride, from a network without memory."""
     with torch.device("meta"):
         whole: Any = timm_pyramid(encoder.model_copy(update={"weights": "none"}), features_only=True)
-    if not (_is_chain(whole) or _is_efficient(whole)):
+    if not (_is_chain(whole) or is_efficient(whole)):
         rule = "is not a chain of convolutional stages that can be cut"
         raise InputError(
             f"trunk '{encoder.name}'", rule, "use resnet34 as in the paper, or another ResNet or MobileNet"
@@ -103,17 +103,6 @@ def _is_chain(backbone: nn.Module) -> bool:
     from timm.models import FeatureListNet
 
     return isinstance(backbone, FeatureListNet) and getattr(backbone, "output_fmt", None) != "NHWC"
-
-
-def _is_efficient(backbone: nn.Module) -> bool:
-    """EfficientNet, MobileNet and relatives, which timm does not cut itself."""
-    return [name for name, _ in backbone.named_children() if name != "act1"] == ["conv_stem", "bn1", "blocks"]
-
-
-def _cut(backbone: Any) -> None:
-    """Drop what comes after the last map, where timm has not done it."""
-    if not _is_chain(backbone):
-        backbone.blocks = backbone.blocks[: backbone.feature_info.get_dicts()[-1]["stage"]]
 
 
 def _chain(backbone: nn.Module) -> list[nn.Module]:

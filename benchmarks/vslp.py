@@ -1,0 +1,173 @@
+"""VSLP's fusion against a forward pass of the bare encoder, and transport against POT; on the CPU or the GPU at hand.
+
+    OMP_NUM_THREADS=2 uv run python benchmarks/vslp.py
+
+Prints Markdown. Times are the least of some repetitions; ratios are within this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tissuehint.labels import LabelSpace
+from tissuehint.methods.vslp import VSLP, VSLPConfig
+from tissuehint.methods.vslp.energy import average
+from tissuehint.methods.vslp.views import Seen
+from tissuehint.ops.sinkhorn import transport
+
+VIEWS, CLASSES, SIDE = 12, 3, 224
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--part", choices=("all", "fusion", "transport", "memory"), default="all")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}\n")
+    if options.part in ("all", "fusion"):
+        fusion(device, options.repeat)
+    if options.part in ("all", "transport"):
+        transports(device, options.repeat)
+    if options.part in ("all", "memory"):
+        memory(device)
+
+
+def fusion(device: torch.device, repeat: int) -> None:
+    """Minimising the energy of one image of 224 px with 12 views, by the time of one view's forward pass."""
+    encoder = {"name": "swin_tiny_patch4_window7_224"}
+    print(f"Fusing {VIEWS} views of a {SIDE}-px image, {CLASSES} classes, 10 steps; a forward pass of {encoder['name']}:\n")
+    print("| energy | working grid | s | by one forward pass | by the forward passes of all views |")
+    print("|---|---|---|---|---|")
+    wide = {"features": 32, "macro_blocks": 3}
+    rows: dict[str, tuple[dict[str, Any], int]] = {
+        "learned, 16 features, 1 block (default)": ({}, 4),
+        "learned, 32 features, 3 blocks (Kobler et al.)": ({"regulariser": wide}, 4),
+        "learned, 16 features, 1 block": ({}, 1),
+        "total variation, flow": ({"regulariser": {"name": "total_variation"}}, 4),
+        "total variation, primal-dual": (
+            {"fidelity": "linear", "solver": "primal_dual", "regulariser": {"name": "total_variation"}},
+            4,
+        ),
+        "learned, ground cost by transport": ({"ground_cost": [[0, 1, 2], [1, 0, 1], [2, 1, 0]]}, 4),
+    }
+    forward = None
+    for name, (settings, resolution) in rows.items():
+        method = build(encoder, settings, resolution).to(device)
+        images, seen = problem(device, method.grid(torch.zeros(1, 3, SIDE, SIDE)))
+        if forward is None:
+            forward = least(lambda: method.network(images), repeat, device)
+        energy, start = method.energy(images, seen), average(seen, "log")
+        fusion_config = method.config.fusion
+        assert fusion_config is not None
+        if fusion_config.solver == "flow":
+            seconds = least(lambda: method._flow(energy, start, None), repeat, device)
+        else:
+            seconds = least(lambda: method._exact(energy, None), repeat, device)
+        grid = f"{start.shape[-2]} x {start.shape[-1]}"
+        print(f"| {name} | {grid} | {seconds:.2f} | {seconds / forward:.1f} | {seconds / forward / VIEWS:.2f} |")
+    print()
+
+
+def transports(device: torch.device, repeat: int) -> None:
+    """Transport between the views of all pixels and a map, against POT's batched solver."""
+    import ot.batch
+
+    count = VIEWS * (SIDE // 4) ** 2
+    print(f"{count} problems, epsilon .05 of the largest cost; marginal error: largest of any row or column:\n")
+    print("| classes | ours, s | marginal error | POT 50 iterations, s | marginal error | ours / POT | POT 1000 iterations, s | marginal error |")
+    print("|---|---|---|---|---|---|---|---|")
+    for classes in (3, 4, 6):
+        torch.manual_seed(0)
+        drawn = torch.distributions.Dirichlet(torch.ones(classes))
+        a, b = drawn.sample((count,)).to(device), drawn.sample((count,)).to(device)
+        cost = 1 - torch.eye(classes, device=device)
+        costs = cost.expand(count, classes, classes)
+
+        def pot(iterations: int, a: Tensor = a, b: Tensor = b, costs: Tensor = costs) -> Tensor:
+            plan: Tensor = ot.batch.solve_batch(
+                costs, reg=0.05, a=a, b=b, method="log_sinkhorn", max_iter=iterations, grad="detach"
+            ).plan
+            return plan
+
+        ours = least(lambda: transport(a, b, cost), repeat, device)  # noqa: B023
+        short = least(lambda: pot(50), repeat, device)  # noqa: B023
+        long = least(lambda: pot(1000), 1, device)  # noqa: B023
+        errors = [marginal_error(plan, a, b) for plan in (transport(a, b, cost).plan, pot(50), pot(1000))]
+        print(
+            f"| {classes} | {ours:.2f} | {errors[0]:.1e} | {short:.2f} | {errors[1]:.1e} | {ours / short:.2f} "
+            f"| {long:.1f} | {errors[2]:.1e} |"
+        )
+    print()
+
+
+def memory(device: torch.device) -> None:
+    """Peak memory of the fusion by the pixels of the working grid."""
+    print("Peak memory of the flow by the working grid (12 views in single precision, 3 classes):\n")
+    print("| grid | MB above the loaded model | bytes a pixel |")
+    print("|---|---|---|")
+    method = build({"name": "test_resnet"}, {}, 1).to(device)
+    for side in (128, 256, 512):
+        images, seen = problem(device, (side, side), side)
+        energy, start = method.energy(images, seen), average(seen, "log")
+        before = peak(device, reset=True)
+        method._flow(energy, start, None)
+        used = peak(device) - before
+        print(f"| {side} x {side} | {used / 1e6:.0f} | {used / side**2:.0f} |")
+
+
+def build(encoder: dict[str, Any], fusion_settings: dict[str, Any], resolution: int) -> VSLP:
+    torch.manual_seed(0)
+    config = VSLPConfig(confidence={"encoder": encoder}, fusion=fusion_settings, resolution=resolution)
+    return VSLP(config, LabelSpace(("tumour", "stroma", "normal"))).eval()
+
+
+def problem(device: torch.device, grid: tuple[int, int], side: int = SIDE) -> tuple[Tensor, Seen]:
+    """An image and what 12 views say of it: smooth maps and noise."""
+    torch.manual_seed(0)
+    images = torch.rand(1, 3, side, side, device=device)
+    smooth = F.interpolate(torch.randn(1, CLASSES, 7, 7), grid, mode="bicubic")
+    noise = F.interpolate(torch.randn(VIEWS, CLASSES, 14, 14), grid, mode="bilinear")
+    return images, Seen((smooth + noise).softmax(1)[None].to(device), torch.ones(1, VIEWS, *grid, device=device))
+
+
+def marginal_error(plan: Tensor, a: Tensor, b: Tensor) -> float:
+    return max(float((plan.sum(2) - a).abs().max()), float((plan.sum(1) - b).abs().max()))
+
+
+def least(work: Callable[[], Any], repeat: int, device: torch.device) -> float:
+    """Seconds of the fastest of some calls, after one to warm up where there are several."""
+    times = []
+    with torch.no_grad():
+        for _ in range(repeat + (repeat > 1)):
+            begun = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+def peak(device: torch.device, *, reset: bool = False) -> int:
+    """Bytes; on the CPU the highest resident set so far, so sizes must rise."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+        return torch.cuda.max_memory_allocated()
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+if __name__ == "__main__":
+    main()
