@@ -192,6 +192,11 @@ class TestFidelity:
         torch.testing.assert_close(energy.fidelity(u)[0], expected, rtol=0, atol=SMOOTHING)
         assert not energy.fidelity(u)[0, places, places].any()
 
+    def test_a_view_that_rules_out_a_class_has_a_finite_cost(self):
+        shares = torch.tensor([1.0, 0.0]).double().view(1, 1, 2, 1, 1)
+        energy = energy_of(Seen(shares, torch.ones(1, 1, 1, 1).double()), fidelity="log")
+        assert energy.costs().flatten().tolist() == pytest.approx([0, -math.log(SMALLEST)])
+
     def test_views_that_do_not_see_a_pixel(self):
         seen, u = seen_of(), maps(B, C, H, W)
         other = torch.where(seen.validity[:, :, None] > 0, seen.probabilities, maps(B, N, C, H, W, axis=2, seed=77))
