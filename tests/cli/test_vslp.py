@@ -77,7 +77,7 @@ def test_windows_are_explained_too(command, recipe, tmp_path):
     [
         ({"fusion": {"solver": "primal_dual"}}, "method.fusion"),
         ({"confidence": {"cells": "pixels"}}, "method.confidence"),
-        ({"fusion": {"ground_cost": [[0, 1], [1, 0]]}}, "has 2 classes, the data 3"),
+        ({"fusion": {"fidelity": "linear", "ground_cost": [[0, 1], [1, 0]]}}, "has 2 classes, the data 3"),
         ({"confidence": {"encoder": {"name": "test_resnet", "depth": 9}}}, "depth 9"),
         ({"regulariser": {}}, "method.regulariser"),
     ],

@@ -92,6 +92,17 @@ TINY = {
             "optimization": FAST,
         },
         {
+            "confidence": {"encoder": {**ENCODER, "depth": 2}},
+            "test_time": {"rotations": [0], "mirror": True},
+            "fusion": {
+                "ground_cost": [[0, 1, 2], [1, 0, 1], [2, 1, 0]],
+                "regulariser": {"name": "total_variation"},
+                "proportions": "soft",
+                "steps": 2,
+            },
+            "optimization": FAST,
+        },
+        {
             "confidence": {"cells": "pixels", "network": UNET},
             "losses": {"form": "l1", "dead_zone": 0.02},
             "test_time": {"rotations": [0], "mirror": False},
@@ -104,6 +115,7 @@ TINY = {
             "confidence": {"encoder": {"name": "hf:mit_b0"}, "levels": 2},
             "test_time": {"rotations": [0, 180], "mirror": False},
             "fusion": {
+                "fidelity": "linear",
                 "ground_cost": [[0, 1, 2], [1, 0, 1], [2, 1, 0]],
                 "proportions": "soft",
                 "view_entropy": 1.0,

@@ -134,11 +134,6 @@ def differences(function, u, step=1e-6):
     return found
 
 
-few_turns = pytest.mark.xfail(
-    strict=True, reason="50 turns of Sinkhorn's iteration are too few below an epsilon of about .02: rows are off by .3"
-)
-
-
 class TestFidelity:
     @pytest.mark.parametrize("fidelity", FIDELITIES)
     @pytest.mark.parametrize("view_entropy", [None, 0.5])
@@ -165,7 +160,7 @@ class TestFidelity:
         energy = energy_of(seen, ground_cost=COST, epsilon=epsilon)
         np.testing.assert_allclose(energy.fidelity(u).numpy(), at_pixels(seen, u, distance), rtol=1e-7)
 
-    @pytest.mark.parametrize("epsilon", [0.05, 0.02, pytest.param(0.005, marks=few_turns)])
+    @pytest.mark.parametrize("epsilon", [0.05, 0.02, 0.005])
     def test_transport_with_little_entropy_is_almost_exact(self, epsilon):
         seen, u, cost = seen_of(1, 2), maps(1, C, H, W), np.array(COST)
         found = energy_of(seen, ground_cost=COST, epsilon=epsilon).fidelity(u).numpy()
@@ -219,18 +214,10 @@ class TestFidelity:
         assert 0.99 > decided[1] > decided[2] > 0.5
         assert decided[0] > 0.98
 
-    @pytest.mark.xfail(
-        strict=True, reason="the sum of the weights is clamped at 1e-8: an h0 below .06 can weigh down all"
-    )
     def test_weights_sum_to_1_where_all_views_are_undecided(self):
         seen = Seen(torch.full((1, 2, 3, 1, 1), 1 / 3).double(), torch.ones(1, 2, 1, 1).double())
         weights = energy_of(seen, view_entropy=0.05).view_weights()
         torch.testing.assert_close(weights, torch.full_like(weights, 0.5))
-
-
-cost_of_1 = pytest.mark.xfail(
-    strict=True, reason="the term soft has cost 1 between any two classes, whatever ground_cost says"
-)
 
 
 class TestProportionTerm:
@@ -267,7 +254,7 @@ class TestProportionTerm:
             total = float(energy.proportion_map(u, proportions)[image].sum())
             assert total == pytest.approx(expected, abs=3.0 * area * 0.002 * 2.5 * math.log(C))
 
-    @pytest.mark.parametrize("cost", [None, pytest.param(COST, marks=cost_of_1)])
+    @pytest.mark.parametrize("cost", [None, COST])
     def test_proportion_map_sums_to_the_term_of_the_energy(self, cost):
         """Up to the entropy and to the smoothing of absolute differences."""
         u, proportions = maps(B, C, H, W), maps(B, C, seed=2)
@@ -388,18 +375,6 @@ class TestWhole:
         assert float((found * way).sum()) == pytest.approx(expected, rel=1e-5)
         assert abs(expected) > 1e-3
 
-    @pytest.mark.xfail(strict=True, reason="derivatives of the potentials of Sinkhorn's iteration are taken as 0")
-    def test_gradient_is_differentiable_with_a_ground_cost(self):
-        energy, u = energy_of(ground_cost=COST, epsilon=0.2), maps(B, C, H, W).requires_grad_()
-        way = normal(*u.shape, seed=8)
-        way = way - way.mean(1, keepdim=True)  # stays on the simplex
-        (found,) = torch.autograd.grad((energy.gradient(u) * way).sum(), u)
-        step = 1e-5
-        around = [energy.gradient(u.detach() + sign * step * way).detach() for sign in (1, -1)]
-        expected = float(((around[0] - around[1]) / (2 * step) * way).sum())
-        assert expected > 1
-        assert float((found * way).sum()) == pytest.approx(expected, rel=1e-3)
-
     def test_gradient_with_a_ground_cost_is_that_of_the_dual(self):
         """Along directions that stay on the simplex, by differences of POT's dual values."""
         epsilon, cost = 0.3, np.array(COST)
@@ -453,10 +428,10 @@ class TestWhole:
         [
             ({"solver": "primal_dual"}, "primal_dual"),
             ({"fidelity": "log", "ground_cost": COST}, "ground_cost"),
-            ({"ground_cost": ((0, 1), (1, 0, 1))}, "square"),
-            ({"ground_cost": ((0, 1), (1, 0.5))}, "diagonal"),
-            ({"ground_cost": ((0, -1), (1, 0))}, "at least 0"),
-            ({"ground_cost": ((0, 0), (0, 0))}, "one above"),
+            ({"fidelity": "linear", "ground_cost": ((0, 1), (1, 0, 1))}, "square"),
+            ({"fidelity": "linear", "ground_cost": ((0, 1), (1, 0.5))}, "diagonal"),
+            ({"fidelity": "linear", "ground_cost": ((0, -1), (1, 0))}, "at least 0"),
+            ({"fidelity": "linear", "ground_cost": ((0, 0), (0, 0))}, "one above"),
             ({"view_entropy": 0}, "view_entropy"),
         ],
     )
@@ -499,12 +474,8 @@ class TestViewsTogether:
     def test_entropy(self):
         shares = maps(2, 5, 3)
         np.testing.assert_allclose(entropy(shares).numpy(), stats.entropy(shares.numpy(), axis=1), rtol=1e-9)
-        np.testing.assert_allclose(
-            entropy(shares, 2).numpy(),
-            stats.entropy(shares.numpy(), axis=2) * 0
-            + [[-sum(p * math.log(p) for p in row) for row in each] for each in shares.tolist()],
-            rtol=1e-9,
-        )
+        moved = entropy(shares.transpose(1, 2), 2)
+        np.testing.assert_allclose(moved.numpy(), stats.entropy(shares.numpy(), axis=1), rtol=1e-9)
         assert entropy(torch.eye(3)).tolist() == [0, 0, 0]
         assert float(entropy(torch.full((1, 4), 0.25))) == pytest.approx(math.log(4))
 
@@ -536,9 +507,6 @@ def slow_distance(predicted, given, form, dead_zone=0.0):
     return sum(each**2 for each in beyond) if form == "l2" else sum(beyond) / (2 if form == "wasserstein" else 1)
 
 
-no_power = pytest.mark.xfail(
-    strict=True, reason="in single precision p^8 is denormal from p = 1e-5 down: the gradient is infinite, then NaN"
-)
 GIVEN = torch.tensor([[0.6, 0.4, 0.0, 0.0], [0.03, 0.2, 0.77, 0.0], [0.25, 0.25, 0.25, 0.25]])
 
 
@@ -610,7 +578,7 @@ class TestProportionLosses:
         moved = logits.detach() - 0.1 * logits.grad / logits.grad.norm()
         assert proportion_losses(moved, weights, GIVEN, ProportionLosses())[name] < before
 
-    @pytest.mark.parametrize("gap", [5, 11, pytest.param(12, marks=no_power), 13, 14, 16, 30, 200])
+    @pytest.mark.parametrize("gap", [5, 11, 12, 13, 14, 16, 30, 200])
     def test_a_network_that_is_sure_has_finite_gradients(self, gap):
         """Of a class that is absent, and of one that it does not see."""
         logits = torch.zeros(2, 3, 4)
@@ -622,7 +590,6 @@ class TestProportionLosses:
         assert all(bool(value.isfinite()) for value in terms.values())
         assert bool(logits.grad.isfinite().all())
 
-    @pytest.mark.xfail(strict=True, reason="clamped at 1e-6, so that a class that is not seen at all is not learned")
     def test_a_class_that_is_not_seen_at_all_is_asked_for(self):
         """The gradient of - log s with respect to a logit is - 1, or almost, however small s is."""
         logits = torch.zeros(1, 3, 4)

@@ -138,7 +138,6 @@ class TestDescent:
         assert_in_simplex(flow.u)
         assert bool((flow.energies.diff(dim=0) <= 0).all())
 
-    @pytest.mark.xfail(strict=True, reason="a step with NaN is taken where the energy does not see its pixel")
     def test_a_gradient_that_is_no_number_at_pixels_that_do_not_count(self):
         """The trap of torch.where: the branch that is not chosen has a derivative that is no number."""
 

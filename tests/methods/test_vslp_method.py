@@ -309,8 +309,9 @@ class TestConfig:
         [
             ({"solver": "primal_dual"}, "use solver: flow"),
             ({"fidelity": "log", "ground_cost": [[0, 1], [1, 0]]}, "has no meaning"),
-            ({"ground_cost": [[0, 1], [1, 1]]}, "0 on its diagonal"),
-            ({"ground_cost": [[0, -1], [1, 0]]}, "at least 0"),
+            ({"ground_cost": [[0, 1], [1, 0]]}, "could learn"),
+            ({"fidelity": "linear", "ground_cost": [[0, 1], [1, 1]]}, "0 on its diagonal"),
+            ({"fidelity": "linear", "ground_cost": [[0, -1], [1, 0]]}, "at least 0"),
         ],
     )
     def test_fusions_that_contradict_themselves(self, fusion, words):
@@ -319,7 +320,7 @@ class TestConfig:
 
     def test_a_ground_cost_of_other_classes(self):
         with pytest.raises(InputError, match="has 2 classes, the data 3"):
-            vslp(fusion={"ground_cost": [[0, 1], [1, 0]]})
+            vslp(fusion={"fidelity": "linear", "ground_cost": [[0, 1], [1, 0]]})
 
     @pytest.mark.parametrize(
         "settings",

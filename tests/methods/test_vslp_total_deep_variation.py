@@ -192,13 +192,13 @@ class TestWhatIsNotSeen:
         """Zero response to a shift: the gradient of each class sums to 0."""
         found = network(guide_channels=guide_channels, seed=seed)
         u = maps(1, K, height, width, seed=seed)
-        gradient = found.gradient(u, guide_of(found, u))
-        assert float(gradient.sum((2, 3)).abs().max()) < 1e-9
+        gradient = found.gradient(u, guide_of(found, u)).detach()
+        assert gradient.sum((2, 3)).abs().max() < 1e-9
 
     def test_a_guide_is_seen_where_the_map_is_constant(self):
         found, u = network(guide_channels=G), torch.full((1, K, 5, 6), 1 / K, dtype=torch.float64)
-        assert float(found.energy(u, guide_of(found, u)).abs().max()) > 1e-3
-        assert float(found.energy(u, torch.zeros(1, G, 5, 6).double()).abs().max()) < 1e-12
+        assert found.energy(u, guide_of(found, u)).abs().max() > 1e-3
+        assert found.energy(u, torch.zeros(1, G, 5, 6).double()).abs().max() < 1e-12
 
     @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
     def test_filters(self, scale):
@@ -405,7 +405,6 @@ class TestErrors:
             TotalDeepVariation(2, guide_channels=-1)
         assert_one_line(raised, "guide_channels")
 
-    @pytest.mark.xfail(strict=True, reason="the error says guide_channels 0 where -1 was given")
     def test_the_error_names_the_guide_channels_that_were_given(self):
         with pytest.raises(InputError) as raised:
             TotalDeepVariation(2, guide_channels=-1)

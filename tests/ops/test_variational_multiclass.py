@@ -188,7 +188,6 @@ def test_a_long_line_is_solved_to_the_digit(limited: bool) -> None:
     assert float(found.energy) == pytest.approx(least, abs=2e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="the step of the area term is multiplied by the largest weight, not divided")
 @pytest.mark.parametrize("unit", [3.0, 10.0, 255.0])
 def test_any_unit_of_the_weights_is_solved(unit: float) -> None:
     """Weights and smoothness times a unit are the energy times the unit; from a unit of 2.3 on it diverges."""
@@ -200,7 +199,6 @@ def test_any_unit_of_the_weights_is_solved(unit: float) -> None:
     torch.testing.assert_close(scaled.energy / unit, plain.energy, rtol=0.01, atol=0)
 
 
-@pytest.mark.xfail(strict=True, reason="the step of the area term is multiplied by the largest weight, not divided")
 def test_two_pixels_of_weight_ten_keep_their_proportions() -> None:
     """A strength above all costs: the class areas must be the proportions, at the cost 0 of the pixels' own classes."""
     cost = torch.tensor([[[[0.0, 1.0]], [[1.0, 0.0]]]])
@@ -322,7 +320,7 @@ def test_a_large_strength_makes_the_areas_the_proportions(smoothness: float, wei
     weights = noise(2, 3, 12, 14) if weighted else torch.ones(3, 12, 14)
     weights = weights / weights.amax((1, 2), keepdim=True)
     found = segment_multiclass(
-        cost, smoothness=smoothness, weights=weights, proportions=wanted, strength=10.0, max_iterations=5000
+        cost, smoothness=smoothness, weights=weights, proportions=wanted, strength=10.0, max_iterations=2000
     )
     areas = (weights[:, None] * found.u).sum((2, 3)) / weights.sum((1, 2))[:, None]
     torch.testing.assert_close(areas, wanted, rtol=0, atol=1e-3)
@@ -463,13 +461,12 @@ def test_iterations_are_counted(iterations: int) -> None:
 
 
 def test_more_iterations_are_never_worse() -> None:
-    cost, wanted = blobs(0, 2, 4, 12, 12), shares(1, 2, 4)
-    runs = [
-        segment_multiclass(cost, smoothness=0.3, proportions=wanted, strength=1.0, max_iterations=each, tolerance=0.0)
-        for each in (25, 50, 100, 200, 400)
-    ]
-    assert (torch.stack([each.energy for each in runs]).diff(dim=0) <= 1e-12).all()
-    assert (torch.stack([each.gap for each in runs]).diff(dim=0) <= 1e-12).all()
+    """Neither the energy nor the bound below it, though both of the iterates go up and down."""
+    options = {"smoothness": 0.1, "proportions": shares(1, 2, 4), "strength": 20.0, "tolerance": 0.0}
+    runs = [segment_multiclass(noise(0, 2, 4, 6, 6), **options, max_iterations=25 * each) for each in range(1, 16)]
+    energy, gap = (torch.stack([each[field] for each in runs]) for field in (1, 2))
+    assert (energy.diff(dim=0) <= 1e-12).all()
+    assert ((energy - gap).diff(dim=0) >= -1e-12).all()
 
 
 def test_no_images_no_segmentations() -> None:
@@ -537,12 +534,10 @@ def test_projection_is_the_nearest_point_of_the_simplex(values: list[list[float]
     assert (corners @ (rows - found)[:, :, None] <= 1e-9).all()
 
 
-@pytest.mark.xfail(strict=True, reason="values less 1 are the values in float32 from 2**25 on: no class is kept")
 def test_large_values_are_projected() -> None:
     torch.testing.assert_close(project_simplex(torch.tensor([[1e8, 0.0]])), torch.tensor([[1.0, 0.0]]))
 
 
-@pytest.mark.xfail(strict=True, reason="values are not taken relative to the largest: sums are off by .0625 at 1e6")
 def test_large_equal_values_are_projected() -> None:
     torch.testing.assert_close(project_simplex(torch.full((1, 5), 1e6)), torch.full((1, 5), 0.2))
 
@@ -589,7 +584,6 @@ def test_bad_input_is_said_in_one_line(name: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.xfail(strict=True, reason="proportions are not looked at: NaN ends in an index error of torch")
 def test_proportions_that_are_nan_are_said() -> None:
     with pytest.raises(InputError, match="proportions"):
         segment(proportions=torch.full((2, 2), NAN), strength=1.0)

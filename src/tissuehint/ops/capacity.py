@@ -49,7 +49,8 @@ def capacity_bias(
         q (B,K), mean 0 over the classes with a share above 0; no gradient.
 
     Raises:
-        InputError: shapes that do not agree, proportions that are no shares, a temperature that is not above 0.
+        InputError: shapes that do not agree, NaN or infinity, proportions that are no shares, negative weights, a
+            temperature that is not above 0.
 
     Example:
         >>> scores = torch.linspace(0, 1, 100).view(1, 1, 10, 10)
@@ -130,16 +131,20 @@ def _descend(
 
 
 def _check(scores: Tensor, proportions: Tensor, weights: Tensor | None, temperature: float) -> None:
-    if scores.ndim != 4:
-        raise InputError(f"scores of shape {tuple(scores.shape)}", "are (B,K,H,W)", "add or drop an axis")
+    if scores.ndim != 4 or 0 in scores.shape[1:]:
+        raise InputError(f"scores of shape {tuple(scores.shape)}", "are (B,K,H,W), not empty", "add or drop an axis")
+    if not bool(scores.isfinite().all()):
+        raise InputError("scores", "hold NaN or infinity", "raise probabilities above 0 before their logarithm")
     if proportions.shape != scores.shape[:2]:
         rule = f"are {tuple(scores.shape[:2])} for scores of shape {tuple(scores.shape)}"
         raise InputError(f"proportions of shape {tuple(proportions.shape)}", rule, "give one row an image")
     total = proportions.sum(1)
-    if bool((proportions < 0).any()) or bool(((total - 1).abs() > SUM_TOLERANCE).any()):
+    if bool((proportions < 0).any()) or not bool(((total - 1).abs() <= SUM_TOLERANCE).all()):  # refuses NaN too
         raise InputError("proportions", "are not shares that sum to 1", "give fractions of at least 0")
-    if weights is not None and (weights.shape != (len(scores), *scores.shape[2:]) or bool((weights < 0).any())):
-        subject = f"weights of shape {tuple(weights.shape)}"
-        raise InputError(subject, f"are (B,H,W) of {tuple(scores.shape)}, at least 0", "give one weight a pixel")
-    if not temperature > 0:
-        raise InputError(f"temperature {temperature}", "is not above 0", "use a small one, such as .02")
+    if weights is not None:
+        fits = weights.shape == (len(scores), *scores.shape[2:])
+        if not fits or not bool(((weights >= 0) & weights.isfinite()).all()):
+            rule = f"are (B,H,W) of {tuple(scores.shape)}, at least 0 and finite"
+            raise InputError(f"weights of shape {tuple(weights.shape)}", rule, "give one weight a pixel")
+    if not 0 < temperature < float("inf"):
+        raise InputError(f"temperature {temperature}", "is not above 0 and finite", "use a small one, such as .02")

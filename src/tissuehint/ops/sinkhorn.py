@@ -11,8 +11,8 @@ with the dual (Peyre and Cuturi, Computational Optimal Transport, 2019, Section 
 Sinkhorn's iteration makes the rows and the columns of P right in turn. Where a and b are close to each other, which is
 how the views of one pixel are, it needs thousands of turns: with eps = .05 max C, rows are still off by up to .07 after
 50. So each turn here also tries Newton's step on the dual in f (g is solved exactly; Brauer, Clason, Lorenz and Wirth,
-A Sinkhorn-Newton method for entropic optimal transport, 2017), cut to three lengths, and keeps of these and Sinkhorn's
-own what raises the dual most. It rises in every turn, and 10 to 20 turns reach rounding.
+A Sinkhorn-Newton method for entropic optimal transport, 2017), cut to several lengths, and keeps of these and
+Sinkhorn's own what raises the dual most. It rises in every turn, and 10 to 20 turns reach rounding.
 
 All of it is in the logarithms of the scalings. K is meant to be small: memory is M x K x K.
 """
@@ -27,13 +27,16 @@ from torch import Tensor
 from tissuehint.errors import InputError
 
 #: Newton's step is tried with its largest entry cut to each of these, in units of eps.
-LONGEST_STEPS = (1.0, 3.0, 9.0)
+LONGEST_STEPS = (0.3, 1.0, 3.0, 9.0)
 
 #: Rows of the plan count as right when none is off by more than this.
 TOLERANCES = {torch.float32: 2e-6, torch.float64: 1e-12}
 
 #: Sums of exp(-C / eps) are products with a matrix down to this relative epsilon; its entries would be 0 below.
 SMALLEST_PRODUCT = 1 / 60
+
+#: Below this relative epsilon the potentials start from those of an epsilon larger by this factor.
+EASY_EPSILON, COOLING = 0.05, 2.0
 
 #: Histograms may be off from sum 1 by this much; they are scaled.
 SUM_TOLERANCE = 1e-3
@@ -58,8 +61,8 @@ class Transport(NamedTuple):
 
     Args:
         value: (M,), <P, C>, without the entropy term. Its gradient is the envelope's: f towards a and g towards b, each
-            less its mean, and P towards the cost; that is the exact gradient of the dual value, and the one of <P, C>
-            up to the entropy term, which is at most eps log K.
+            less its mean, and P towards the cost at a fixed eps; that is the exact gradient of the dual value, and the
+            one of <P, C> up to the entropy term, which is at most eps log K.
         plan: P (M,K,K), mass from class i of a to class j of b; columns sum to b, rows to a up to about 1e-5
             (1e-12 in float64) if the iterations were enough. No gradient.
         potentials: f and g. No gradient.
@@ -78,7 +81,8 @@ def transport(a: Tensor, b: Tensor, cost: Tensor, *, epsilon: float = 0.05, iter
         b: (M,K) likewise.
         cost: C (K,K), at least 0, in any unit.
         epsilon: above 0; strength of the entropy as a share of the largest cost.
-        iterations: most turns, at least 1; histograms whose rows are right are left alone earlier.
+        iterations: most turns, at least 1; histograms whose rows are right are left alone earlier. Below an epsilon of
+            .05 as many again for every halving on the way.
 
     Returns:
         Values, plans and potentials, computed in float64 if a is, otherwise in float32. With ``cost`` 0 everywhere the
@@ -135,11 +139,16 @@ class _Transport(torch.autograd.Function):
         largest = float(cost.max()) if cost.numel() else 0.0
         scale = epsilon * largest
         kernel = -cost / scale if scale > 0 else torch.zeros_like(cost)
-        f, g = _solve(a.T.contiguous(), b.T.contiguous(), kernel, iterations)
-        plan = _plan(_log(a.T), _log(b.T), f, g, kernel)
-        middle = f.mean(0)
-        source, target = scale * (f - middle).T, scale * (g + middle).T
-        plan = plan.permute(2, 0, 1)
+        # exp(-C / eps) of a small epsilon is 0 in single precision, and Newton's step with it
+        precise = epsilon < SMALLEST_PRODUCT and a.device.type != "mps"
+        with torch.autocast(a.device.type, enabled=False):
+            rows = [each.T.contiguous().to(torch.float64 if precise else a.dtype) for each in (a, b)]
+            kernel = kernel.to(rows[0])
+            f, g = _solve(rows[0], rows[1], kernel, iterations, epsilon)
+            plan = _plan(_log(rows[0]), _log(rows[1]), f, g, kernel)
+            middle = f.mean(0)
+            source, target = (scale * (f - middle)).T.to(a), (scale * (g + middle)).T.to(a)
+            plan = plan.permute(2, 0, 1).to(a)
         value = (plan * cost).sum((1, 2))
         dual = (a * source).sum(1) + (b * target).sum(1)
         ctx.save_for_backward(plan, source, target)
@@ -155,10 +164,17 @@ class _Transport(torch.autograd.Function):
         return towards_a, towards_b, torch.einsum("m,mij->ij", weight, plan), None, None
 
 
-def _solve(a: Tensor, b: Tensor, kernel: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Potentials (K,M) in units of eps for histograms (K,M) and log kernel (K,K) = -C / eps."""
-    log_a, log_b = _log(a), _log(b)
+def _solve(a: Tensor, b: Tensor, kernel: Tensor, iterations: int, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Potentials (K,M) in units of eps for histograms (K,M) and log kernel (K,K) = -C / eps.
+
+    A small epsilon is reached from a larger one: from far away Newton's step, cut as it is, would take too many turns.
+    """
     f = torch.zeros_like(a)
+    if epsilon < EASY_EPSILON:
+        easier = min(epsilon * COOLING, EASY_EPSILON)
+        ratio = easier / epsilon
+        f = _solve(a, b, kernel / ratio, iterations, easier)[0] * ratio
+    log_a, log_b = _log(a), _log(b)
     g = _answer(log_a, f, kernel.T)
     rest = torch.arange(a.shape[1], device=a.device)  # histograms that are not solved yet
     for _ in range(iterations):

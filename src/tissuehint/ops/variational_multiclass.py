@@ -45,7 +45,7 @@ def project_simplex(values: Tensor) -> Tensor:
     """The nearest point of the probability simplex along dimension 1 (Held, Wolfe and Crowder, 1974; by sorting).
 
     Args:
-        values: (B,K,...), any.
+        values: (B,K,...), finite.
 
     Returns:
         Like ``values``, at least 0 and summing to 1 over dimension 1.
@@ -55,6 +55,8 @@ def project_simplex(values: Tensor) -> Tensor:
         tensor([[0.3000, 0.7000],
                 [1.0000, 0.0000]])
     """
+    # the projection does not change when a constant is added, and large values would lose the sum
+    values = values - values.amax(1, keepdim=True)
     ordered = values.sort(1, descending=True).values
     count = torch.arange(1, values.shape[1] + 1, device=values.device, dtype=values.dtype)
     count = count.view(1, -1, *[1] * (values.ndim - 2))
@@ -90,7 +92,7 @@ def segment_multiclass(
         Segmentation, energy and gap; no gradient.
 
     Raises:
-        InputError: shapes that do not agree, a negative weight, NaN.
+        InputError: shapes that do not agree, a negative weight, NaN, proportions that are no shares.
 
     Example:
         >>> cost = torch.tensor([[0.0, 0.1, 1.0, 0.9]]).view(1, 1, 1, 4)
@@ -117,8 +119,10 @@ class _Problem:
         proportions: Tensor | None,
         strength: float,
     ) -> None:
-        if cost.ndim != 4 or not bool(cost.isfinite().all()):
-            raise InputError(f"cost of shape {tuple(cost.shape)}", "is (B,K,H,W) and finite", "mend the maps")
+        if cost.ndim != 4 or 0 in cost.shape[1:] or not bool(cost.isfinite().all()):
+            raise InputError(
+                f"cost of shape {tuple(cost.shape)}", "is (B,K,H,W), not empty, and finite", "mend the maps"
+            )
         for name, value in (("smoothness", smoothness), ("strength", strength)):
             if not 0 <= value < float("inf"):
                 raise InputError(f"{name} {value}", "is negative or not finite", "use 0 or more")
@@ -134,6 +138,8 @@ class _Problem:
                 rule = f"are {tuple(cost.shape[:2])} for a cost of shape {tuple(cost.shape)}"
                 raise InputError(f"proportions of shape {tuple(proportions.shape)}", rule, "give one row an image")
             self.proportions = proportions.detach().to(cost)
+            if bool((self.proportions < 0).any()) or not bool(((self.proportions.sum(1) - 1).abs() < 1e-3).all()):
+                raise InputError("proportions", "are not shares that sum to 1", "give fractions of at least 0")
 
     def solve(self, max_iterations: int, tolerance: float) -> MultiClass:
         u = torch.zeros_like(self.cost).scatter_(1, self.cost.argmin(1, keepdim=True), 1.0)
@@ -150,8 +156,8 @@ class _Problem:
                 ahead = 2 * u - old
                 field = self._within(field + 0.5 * _gradient(ahead))
                 if self.strength:
-                    # the area term counts in units of scale, with rows that sum to total / scale
-                    step = (self._mean(ahead) - self.proportions) * scale
+                    # the row of the area term sums to total, and its dual counts in units of the weights
+                    step = (self._mean(ahead) - self.proportions) / scale
                     bias = (bias + step).clamp(-self.strength / 2, self.strength / 2)
                 old = u
                 u = project_simplex(u - tau * self._slope(field, bias))

@@ -63,7 +63,7 @@ class Confidence(nn.Module):
         """Images (B,3,H,W) in [0,1] to the logits of their cells.
 
         Raises:
-            InputError: a side under 32 px.
+            InputError: a side under 32 px, but for tiles, which bring their own surroundings.
         """
         size = (images.shape[-2], images.shape[-1])
         if self.config.cells == "tiles":
@@ -154,16 +154,20 @@ def proportion_losses(
     """
     log_probabilities = logits.float().log_softmax(1)
     probabilities = log_probabilities.exp()
-    predicted = (probabilities * weights[:, None]).sum(2)
-    terms = {"proportions": proportion_distance(predicted, proportions, config.form, config.dead_zone).mean()}
+    log_weights = weights.clamp_min(torch.finfo(weights.dtype).tiny).log()[:, None]
+    if config.form == "cross_entropy":  # in the logarithm, so that a class that is seen nowhere can still be learned
+        distance = -(proportions * (log_probabilities + log_weights).logsumexp(2)).sum(1)
+    else:
+        predicted = (probabilities * weights[:, None]).sum(2)
+        distance = proportion_distance(predicted, proportions, config.form, config.dead_zone)
+    terms = {"proportions": distance.mean()}
     if config.entropy_weight:
         entropy = -(probabilities * log_probabilities).sum(1)
         terms["entropy"] = config.entropy_weight * (entropy * weights).sum(1).mean()
     if config.presence_weight:
-        somewhere = (probabilities.pow(POOLING_POWER) * weights[:, None]).sum(2).clamp_min(SMALLEST**POOLING_POWER)
-        somewhere = somewhere.pow(1 / POOLING_POWER).clamp(SMALLEST, 1 - SMALLEST)
+        somewhere = (POOLING_POWER * log_probabilities + log_weights).logsumexp(2) / POOLING_POWER
         present, absent = proportions > config.presence_above, proportions <= 0
-        surprise = -torch.where(present, somewhere.log(), (1 - somewhere).log())
+        surprise = -torch.where(present, somewhere, (1 - somewhere.exp().clamp_max(1 - SMALLEST)).log())
         asked = (present | absent).to(surprise)
         terms["presence"] = config.presence_weight * ((surprise * asked).sum(1) / asked.sum(1).clamp_min(1)).mean()
     return terms

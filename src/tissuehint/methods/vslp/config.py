@@ -124,7 +124,8 @@ class FusionConfig(BaseModel):
         fidelity: distance of the map to the views: ``wasserstein`` to each of them (Section 4 of the spec), ``linear``
             (transport to one-hot maps, exact and convex), or ``log`` (mean logarithm of the views).
         ground_cost: between classes, a square matrix with 0 on its diagonal, for ``wasserstein`` and ``linear``; None
-            is 1 between any two classes, in closed form. Others take Sinkhorn's iteration at every pixel.
+            is 1 between any two classes, in closed form. With ``wasserstein`` others take Sinkhorn's iteration at every
+            pixel, and go with regularisers that are not learned.
         epsilon: of Sinkhorn's iteration, as a share of the largest cost.
         view_entropy: h0, views count less where they are undecided, by exp(-entropy / h0); None weighs all alike.
         fidelity_weight: lambda; the learned regulariser starts from it and learns its own.
@@ -157,6 +158,11 @@ class FusionConfig(BaseModel):
         if self.solver == "primal_dual" and (self.fidelity == "wasserstein" or learned):
             raise ValueError(
                 "primal_dual solves fidelity linear or log with regulariser total_variation or none; use solver: flow"
+            )
+        if self.fidelity == "wasserstein" and self.ground_cost is not None and learned:
+            raise ValueError(
+                "ground_cost with fidelity wasserstein has no second derivatives, from which total_deep_variation "
+                "could learn; use fidelity: linear, or regulariser.name: total_variation"
             )
         if self.fidelity == "log" and self.ground_cost is not None:
             raise ValueError("ground_cost has no meaning for fidelity log; leave it out")

@@ -84,12 +84,15 @@ class FusionEnergy:
         elif self.regulariser is not None:
             found["regularisation"] = self.regulariser.energy(u)
         if self.proportions is not None:
-            distance = smooth_distance(self.mean(u), self.proportions)
+            distance = self.area_distance(u, self.proportions)
             found["proportion"] = self.config.proportion_weight * self.tissue * distance[:, None, None]
         return found
 
     def gradient(self, u: Tensor) -> Tensor:
-        """Derivative of the sum over pixels, like ``u``; differentiable where gradients are on."""
+        """Derivative of the sum over pixels, like ``u``; differentiable where gradients are on.
+
+        Transport with a ground cost has no second derivatives here: its potentials count as constants.
+        """
         keep = torch.is_grad_enabled()
         with torch.enable_grad():
             at = u if keep and u.requires_grad else u.detach().requires_grad_()
@@ -99,6 +102,15 @@ class FusionEnergy:
     def mean(self, u: Tensor) -> Tensor:
         """Mean of u over the tissue (B,C)."""
         return (u * self.tissue[:, None]).sum((2, 3)) / self.tissue.sum((1, 2))[:, None].clamp_min(1e-8)
+
+    def area_distance(self, u: Tensor, proportions: Tensor) -> Tensor:
+        """W_C(mean_T u, pi) of each image, (B,)."""
+        mean = self.mean(u)
+        if self.config.ground_cost is None:
+            return smooth_distance(mean, proportions)
+        mean = mean / mean.sum(1, keepdim=True)
+        cost = u.new_tensor(self.config.ground_cost)
+        return transport(mean, proportions, cost, epsilon=self.config.epsilon).value.to(u)
 
     def proportion_map(self, u: Tensor, proportions: Tensor) -> Tensor:
         """The term gamma |T| W(mean_T u, pi) dealt out to the pixels by the dual potentials, (B,h,w).
@@ -140,10 +152,11 @@ class FusionEnergy:
 
     def view_weights(self) -> Tensor:
         """w_t (B,N,h,w): validity, times exp(-entropy / h0) where asked for; sums to 1 over the views."""
-        weights = self.seen.validity
+        validity = self.seen.validity
         if self.config.view_entropy is not None:
-            weights = weights * (-entropy(self.seen.probabilities, 2) / self.config.view_entropy).exp()
-        return weights / weights.sum(1, keepdim=True).clamp_min(1e-8)
+            exponent = -entropy(self.seen.probabilities, 2) / self.config.view_entropy
+            validity = validity * exponent.masked_fill(validity == 0, -torch.inf).softmax(1)
+        return validity / validity.sum(1, keepdim=True).clamp_min(1e-8)
 
     def _transported(self, u: Tensor, views: Tensor, ground_cost: tuple[tuple[float, ...], ...]) -> Tensor:
         """Transport cost of (B,N,C,h,w) to (B,N,C,h,w) at every pixel, (B,N,h,w)."""

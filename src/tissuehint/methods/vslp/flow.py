@@ -57,7 +57,7 @@ def minimise(
     steps: int,
     *,
     step_size: float | Tensor = 1.0,
-    halvings: int = 12,
+    halvings: int = 20,
     project: Projection | None = None,
 ) -> Flow:
     """Follow the flow from ``start``.
@@ -78,7 +78,8 @@ def minimise(
         the moved one.
 
     Raises:
-        InputError: a start that is no tissue map, a step size that is not above 0, negative steps.
+        InputError: a start that is no tissue map, a step size that is not above 0, negative steps, an energy of another
+            shape.
 
     Example:
         >>> start = torch.full((1, 2, 1, 3), 0.5)
@@ -129,7 +130,8 @@ def _step(
     for _ in range(halvings + 1):
         proposed = mirror_step(u, gradient, tau, project)
         found = value(proposed)
-        taken = waiting & (found <= enough)  # not for NaN
+        # neither for NaN in the energy, nor for one in a pixel that the energy does not look at
+        taken = waiting & (found <= enough) & proposed.flatten(1).isfinite().all(1)
         best = torch.where(taken[:, None, None, None], proposed, best)
         reached = torch.where(taken, found, reached)
         tau = torch.where(taken, tau * GROWTH, torch.where(waiting, tau * SHRINKAGE, tau))
@@ -145,6 +147,9 @@ def _parts(energy: Energy | OfMap) -> tuple[OfMap, OfMap]:
 
     def value(u: Tensor) -> Tensor:
         found = at_pixels(u)
+        if found.ndim not in (1, 3) or len(found) != len(u):
+            rule = f"is ({len(u)},) or ({len(u)},H,W) for {len(u)} maps"
+            raise InputError(f"energy of shape {tuple(found.shape)}", rule, "sum over classes, not over images")
         precise = found.dtype if found.device.type == "mps" else torch.float64
         return found.flatten(1).sum(1, dtype=precise) if found.ndim > 1 else found.to(precise)
 

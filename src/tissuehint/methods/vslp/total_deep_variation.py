@@ -48,10 +48,11 @@ class TotalDeepVariation(nn.Module):
             ("features", features),
             ("macro_blocks", macro_blocks),
             ("scales", scales),
-            ("guide_channels", guide_channels + 1),
+            ("guide_channels", guide_channels),
         ):
-            if value < 1:
-                raise InputError(f"{name} {value}", "is too small", "use at least 1 (0 guide channels)")
+            least = 0 if name == "guide_channels" else 1
+            if value < least:
+                raise InputError(f"{name} {value}", f"is below {least}", f"use at least {least}")
         self.channels, self.guide_channels, self.scales = channels, guide_channels, scales
         self.filters = nn.Parameter(_normal(features, channels, 3))
         self.guide_filters = nn.Parameter(_normal(features, guide_channels, 3)) if guide_channels else None

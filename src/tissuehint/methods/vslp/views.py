@@ -1,7 +1,7 @@
 r"""Test-time augmentation: an image turned, mirrored and shifted, and what is said of it brought back into its frame.
 
 A view looks at the image through a canvas, with the rotation R, the mirroring F and the shift d: what stands at p on
-the canvas is the image at R F (p - d) around the centres of both. What lies outside the image is white, never black.
+the canvas is the image at F R (p - d) around the centres of both. What lies outside the image is white, never black.
 All in continuous pixels, one resampling each way; a pixel that a view does not see (a corner that turned out of the
 canvas) has validity 0 there.
 """
@@ -9,7 +9,6 @@ canvas) has validity 0 there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -125,15 +124,8 @@ def bring_back(
     return moved, inside
 
 
-def pieces(views: list[View], height: int, width: int) -> Iterator[tuple[tuple[int, int], list[View]]]:
-    """Views by the size of their canvas, so that those of one size go through a network together."""
-    sizes = dict.fromkeys(canvas_size(view, height, width) for view in views)
-    for size in sizes:
-        yield size, [view for view in views if canvas_size(view, height, width) == size]
-
-
 def _matrix(view: View) -> Tensor:
-    """From canvas to image, both from their centres in px, as (x, y): the rotation of the mirrored point."""
+    """F R: from canvas to image, both from their centres in px, as (x, y)."""
     angle = math.radians(view.rotation)
     # exact for quarter turns, so that they move pixels onto pixels
     cos, sin = (round(part(angle), 12) for part in (math.cos, math.sin))
