@@ -31,7 +31,12 @@ EXCLUDED = 1e4
 
 
 def capacity_bias(
-    scores: Tensor, proportions: Tensor, weights: Tensor | None = None, *, temperature: float = 0.02
+    scores: Tensor,
+    proportions: Tensor,
+    weights: Tensor | None = None,
+    *,
+    temperature: float = 0.02,
+    annealing: bool = True,
 ) -> Tensor:
     r"""Biases q with mean over pixels of softmax((scores + q) / temperature) = proportions.
 
@@ -44,6 +49,8 @@ def capacity_bias(
         weights: (B,H,W) at least 0, such as 1 on tissue and 0 elsewhere; None weighs all pixels alike. An image without
             weight gets zeros.
         temperature: above 0, in units of the scores.
+        annealing: come down from a high temperature. Without it fewer steps are needed where the scores have nearly
+            these shares already.
 
     Returns:
         q (B,K), mean 0 over the classes with a share above 0; no gradient.
@@ -72,17 +79,18 @@ def capacity_bias(
         absent = shares <= 0
         spread = (flat.amax((1, 2)) - flat.amin((1, 2)))[:, None] + temperature
         flat = flat - (EXCLUDED * spread * absent)[:, :, None]
-        q = _solve(flat, shares, mass, absent, temperature, spread)
+        warmest = spread if annealing else torch.zeros_like(spread)
+        q = _solve(flat, shares, mass, absent, temperature, warmest)
         present = (~absent).to(q)
         q = q - (q * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)
         q = torch.where(absent, -EXCLUDED * spread, q)
         return (q * heavy).to(scores)
 
 
-def _solve(scores: Tensor, shares: Tensor, mass: Tensor, absent: Tensor, temperature: float, spread: Tensor) -> Tensor:
+def _solve(scores: Tensor, shares: Tensor, mass: Tensor, absent: Tensor, temperature: float, warmest: Tensor) -> Tensor:
     """(B,K) biases, by Newton's method with halved steps along falling temperatures, each image by itself."""
     q = torch.zeros_like(shares)
-    current = spread.clamp_min(temperature)  # (B,1)
+    current = warmest.clamp_min(temperature)  # (B,1)
     while True:
         last = bool((current <= temperature).all())
         for _ in range(LAST_STEPS if last else STEPS):

@@ -242,8 +242,13 @@ class VSLP(WeakMethod):
         if proportions is not None and fusion.proportions == "near_hard":
             wanted = proportions
 
+            # the start has the areas already, and a step moves them by little
+            start = self._with_bias(start, wanted, energy.tissue, PROJECTION_TEMPERATURE)
+
             def project(logarithms: Tensor) -> Tensor:
-                bias = capacity_bias(logarithms, wanted, energy.tissue, temperature=PROJECTION_TEMPERATURE)
+                bias = capacity_bias(
+                    logarithms, wanted, energy.tissue, temperature=PROJECTION_TEMPERATURE, annealing=False
+                )
                 return logarithms + bias[:, :, None, None]
 
         step = fusion.step_size if self.fusion is None else self.fusion.log_step.detach().exp()
@@ -270,9 +275,12 @@ class VSLP(WeakMethod):
 
     def _with_areas(self, found: Flow, proportions: Tensor, tissue: Tensor) -> Flow:
         """Move the classes of a map by biases, so that the likeliest ones have these areas."""
-        logarithms = found.u.clamp_min(SMALLEST).log()
-        bias = capacity_bias(logarithms, proportions, tissue, temperature=FINAL_TEMPERATURE)
-        return found._replace(u=(logarithms + bias[:, :, None, None]).softmax(1))
+        return found._replace(u=self._with_bias(found.u, proportions, tissue, FINAL_TEMPERATURE))
+
+    def _with_bias(self, u: Tensor, proportions: Tensor, tissue: Tensor, temperature: float) -> Tensor:
+        logarithms = u.clamp_min(SMALLEST).log()
+        bias = capacity_bias(logarithms, proportions, tissue, temperature=temperature)
+        return (logarithms + bias[:, :, None, None]).softmax(1)
 
     def _tissue_map(self, u: Tensor, images: Tensor) -> Tensor:
         shares = F.interpolate(u, images.shape[-2:], mode="bilinear", align_corners=False)
