@@ -23,7 +23,8 @@ from tissuehint.testing.fakes import fake_dataset, fake_labels, write_fake_folde
 SCORE_KEYS = {
     "stage", "name", "gate", "split", "protocol", "protocol_id", "miou", "fwiou", "dice_mean", "dice_from_miou",
     "accuracy", "iou", "boundary_miou", "boundary_iou", "boundary_distance", "boundary_miou_d1", "kappa", "auc",
-    "precision", "proportion_mae", "proportion_mae_mean", "proportion_kl", "proportion_w1", "images", "pixels",
+    "precision", "proportion_mae", "proportion_mae_mean", "proportion_kl", "proportion_w1", "images",
+    "pixels", "calibration_error",
 }  # fmt: skip
 
 
