@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from tissuehint.data.module import TissueData
 from tissuehint.data.samples import Batch, collate
 from tissuehint.data.training_sets import HintSet
 from tissuehint.files import atomic_path, write_json
-from tissuehint.methods.sheets import picture, sheet
+from tissuehint.methods.sheets import heat, picture, sheet, spread
 
 if TYPE_CHECKING:
     from tissuehint.methods.lpd.method import LPD
@@ -39,7 +38,7 @@ def write_pictures(method: LPD, data: TissueData, folder: Path) -> None:
     """
     split = "val" if data.records("val") else "train"
     items = data.hints(split, method.supervision)
-    places = _spread(len(items), COUNTED)
+    places = spread(len(items), COUNTED)
     coverage, overlap = _measured(method, items, places)
     folder.mkdir(parents=True, exist_ok=True)
     names = method.labels.names[: method.labels.num_tissue]
@@ -87,12 +86,7 @@ def _with_tag(items: HintSet, number: int) -> list[int]:
     own = own[np.argsort(-tags[own].sum(1), kind="stable")]
     most = own[tags[own].sum(1) == tags[own].sum(1).max()] if len(own) else own
     pool = most if len(most) >= SHOWN else own
-    return [int(pool[place]) for place in _spread(len(pool), SHOWN)]
-
-
-def _spread(number: int, most: int) -> list[int]:
-    """At most ``most`` of 0..number-1, evenly spread."""
-    return sorted({int(place) for place in np.linspace(0, number - 1, min(number, most)).round()}) if number else []
+    return [int(pool[place]) for place in spread(len(pool), SHOWN)]
 
 
 def _row(method: LPD, items: HintSet, place: int, number: int, channels: range) -> list[NDArray[np.uint8]]:
@@ -100,15 +94,7 @@ def _row(method: LPD, items: HintSet, place: int, number: int, channels: range) 
     maps = method.explain(Batch(batch.ids, batch.images, tags=batch.tags))
     image = F.interpolate(batch.images, (THUMBNAIL, THUMBNAIL), mode="bilinear", antialias=True, align_corners=False)
     heats = [maps["class_maps"][0, number], *(maps["prototypes"][0, channel] for channel in channels)]
-    return [picture(image[0]), *(picture(_heat(each)) for each in heats)]
-
-
-def _heat(values: Tensor) -> Tensor:
-    """(3,t,t) from (h,w): black over red and yellow to white, its smallest value black and its largest white."""
-    low, high = values.min(), values.max()
-    scaled = ((values - low) / (high - low).clamp_min(1e-8))[None, None].float()
-    grown = F.interpolate(scaled, (THUMBNAIL, THUMBNAIL), mode="bilinear", align_corners=False)[0, 0]
-    return torch.stack([(3 * grown - step).clamp(0, 1) for step in range(3)])
+    return [picture(image[0]), *(picture(heat(each, THUMBNAIL)) for each in heats)]
 
 
 def _told(value: float) -> str:

@@ -171,9 +171,9 @@ class VSLP(WeakMethod):
         return maps * known[:, None, None, None]
 
     @torch.no_grad()
-    def fuse(self, images: Tensor, proportions: Tensor | None = None) -> Flow:
-        """Soft maps (B,C,h,w) on the working grid, and the energies on the way."""
-        seen = self.see(images)
+    def fuse(self, images: Tensor, proportions: Tensor | None = None, seen: Seen | None = None) -> Flow:
+        """Soft maps (B,C,h,w) on the working grid, and the energies on the way; ``seen`` if it is known already."""
+        seen = self.see(images) if seen is None else seen
         start = average(seen, self.config.average)
         fusion = self.config.fusion
         if fusion is None:
@@ -207,7 +207,7 @@ class VSLP(WeakMethod):
             "confidence": start,
             "disagreement": disagreement(seen, start)[:, None],
             "entropy": entropy(start)[:, None],
-            "soft_map": self.fuse(images).u,
+            "soft_map": self.fuse(images, seen=seen).u,
         }
         if proportions is not None:
             # an image without proportions keeps those of its free map
@@ -215,7 +215,7 @@ class VSLP(WeakMethod):
             proportions = torch.where(
                 proportions.sum(1, keepdim=True) > 0, proportions, free / free.sum(1, keepdim=True)
             )
-            found["guided_map"] = self.fuse(images, proportions).u
+            found["guided_map"] = self.fuse(images, proportions, seen).u
         if self.config.fusion is None:
             return found
         energy = self.energy(images, seen)
@@ -241,7 +241,6 @@ class VSLP(WeakMethod):
         project: Projection | None = None
         if proportions is not None and fusion.proportions == "near_hard":
             wanted = proportions
-
             # the start has the areas already, and a step moves them by little
             start = self._with_bias(start, wanted, energy.tissue, PROJECTION_TEMPERATURE)
 

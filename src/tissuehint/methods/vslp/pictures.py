@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
@@ -15,7 +14,7 @@ from torch import Tensor
 from tissuehint.data.module import TissueData
 from tissuehint.data.samples import collate
 from tissuehint.files import atomic_path, write_json
-from tissuehint.methods.sheets import picture, sheet
+from tissuehint.methods.sheets import heat, picture, sheet, spread
 
 if TYPE_CHECKING:
     from tissuehint.methods.vslp.method import VSLP
@@ -34,7 +33,7 @@ def write_pictures(method: VSLP, data: TissueData, folder: Path) -> None:
     """
     split = "val" if data.records("val") else "train"
     items = data.hints(split, method.supervision)
-    places = sorted({int(place) for place in np.linspace(0, len(items) - 1, min(len(items), SHOWN)).round()})
+    places = spread(len(items), SHOWN)
     rows: list[list[NDArray[np.uint8]]] = []
     flows: dict[str, list[float]] = {}
     shown: list[str] = []
@@ -47,7 +46,7 @@ def write_pictures(method: VSLP, data: TissueData, folder: Path) -> None:
         shown += [name.replace("_", " ") for name in energies]
         final = maps["guided_map" if "guided_map" in maps else "soft_map"]
         row = [picture(image), _classes(maps["confidence"][0], method), _classes(final[0], method)]
-        row += [picture(heat(maps[name][0, 0])) for name in ("disagreement", *energies)]
+        row += [picture(heat(maps[name][0, 0], THUMBNAIL)) for name in ("disagreement", *energies)]
         rows.append(row)
         flow = method.fuse(batch.images, batch.proportions)
         flows[batch.ids[0]] = [round(float(value), 3) for value in flow.energies[:, 0]]
@@ -64,14 +63,6 @@ def write_pictures(method: VSLP, data: TissueData, folder: Path) -> None:
     caption = f"Energy along the flow, start to end. {falls}"
     pictures = [{"file": FILE, "caption": caption}]
     write_json(folder / PICTURES, {"title": "Energies", "text": text, "pictures": pictures})
-
-
-def heat(values: Tensor) -> Tensor:
-    """(3,t,t) from (h,w): black over red and yellow to white, its smallest value black and its largest white."""
-    low, high = values.min(), values.max()
-    scaled = ((values - low) / (high - low).clamp_min(1e-8))[None, None].float()
-    grown = F.interpolate(scaled, (THUMBNAIL, THUMBNAIL), mode="bilinear", align_corners=False)[0, 0]
-    return torch.stack([(3 * grown - step).clamp(0, 1) for step in range(3)])
 
 
 def _classes(maps: Tensor, method: VSLP) -> NDArray[np.uint8]:
