@@ -145,7 +145,7 @@ class TissueModel:
         Raises:
             InputError: missing or damaged files, a card of a newer format, weights of another architecture.
         """
-        folder = _model_folder(Path(folder))
+        folder = model_folder(Path(folder))
         card = _read_card(folder / CARD_FILE)
         try:
             labels = LabelSpace.from_dict(card["labels"])
@@ -191,7 +191,12 @@ def _without_weights(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _model_folder(folder: Path) -> Path:
+def model_folder(folder: Path) -> Path:
+    """The folder that holds a model: ``folder`` itself, or ``folder/model`` of a run directory.
+
+    Raises:
+        InputError: neither.
+    """
     for candidate in (folder, folder / "model"):
         if (candidate / CARD_FILE).is_file():
             return candidate

@@ -11,8 +11,8 @@ import torch
 from pydantic import BaseModel
 from torch._utils import ExceptionWrapper
 
-from tissuehint.cli.failures import describe
 from tissuehint.errors import InputError
+from tissuehint.failures import describe
 
 
 @pytest.mark.parametrize(

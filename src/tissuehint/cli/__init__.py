@@ -14,8 +14,8 @@ from typing import Annotated
 
 import typer
 
-from tissuehint.cli import bank, compare, data, demo, doctor, evaluate, methods, predict, report, run, segment
-from tissuehint.cli.failures import DEBUG_VARIABLE, FAILED, INTERRUPTED, describe
+from tissuehint.cli import bank, compare, data, demo, doctor, evaluate, methods, predict, report, run, segment, view
+from tissuehint.failures import DEBUG_VARIABLE, FAILED, INTERRUPTED, describe
 
 __all__ = ["app", "main"]
 
@@ -59,6 +59,7 @@ app.command("methods")(methods.methods)
 app.command("predict")(predict.predict)
 app.command("segment")(segment.segment)
 app.command("evaluate")(evaluate.evaluate)
+app.command("view")(view.view)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 

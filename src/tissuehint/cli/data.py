@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tissuehint.cli import data_tile
+
 if TYPE_CHECKING:
     from tissuehint.data.records import TissueDataset
 
-app = typer.Typer(help="List, check, weaken and make data sets.")
+app = typer.Typer(help="List, check, weaken, cut and make data sets.")
+app.command("tile")(data_tile.tile)
 
 
 @app.command("list")
@@ -114,7 +117,7 @@ def weaken(
         dataset = _with_masks(dataset)
     rules: dict[str, Any] = {"tag_threshold": tag_threshold, "points_per_class": points, "round_to": round_to}
     rules |= {"noise": noise, "seed": seed} | ({} if erosion is None else {"erosion": erosion})
-    _write_whole(out, lambda part: write_weakened(dataset, part, **rules))
+    write_whole(out, lambda part: write_weakened(dataset, part, **rules))
     counts = ", ".join(f"{split} {len(records)}" for split, records in dataset.splits.items())
     say(f"{out}: {counts} images with simulated tags, points and proportions")
     say(f"check: tissuehint data check {out}")
@@ -180,7 +183,7 @@ def _with_masks(dataset: TissueDataset) -> TissueDataset:
     return replace(dataset, splits=splits, notes=(*dataset.notes, f"{left_out} images without a mask were left out"))
 
 
-def _write_whole(out: Path, write: Callable[[Path], None]) -> None:
+def write_whole(out: Path, write: Callable[[Path], None]) -> None:
     """Fill a folder beside ``out``, then give it its name: it is whole or absent.
 
     Raises:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tissuehint.cli.failures import InterruptedRunError, was_interrupted
 from tissuehint.cli.output import say
 from tissuehint.errors import InputError
+from tissuehint.failures import InterruptedRunError, was_interrupted
 
 if TYPE_CHECKING:
     from tissuehint.pipeline import Recipe, RunResult

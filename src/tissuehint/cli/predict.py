@@ -7,6 +7,7 @@ import glob
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,20 @@ AREAS = "areas.csv"
 AREA_COLUMNS = ("image", "class", "pixels", "percent_of_tissue", "mm2")
 OVERLAY_OPACITY = 0.4
 OVERLAY_SIDE = 4096  # larger overlays are shrunk: they are looked at, not measured
+
+
+class CornerOf(StrEnum):
+    """What coordinates are measured from."""
+
+    BOUNDS = "bounds"
+    SLIDE = "slide"
+
+
+class EngineName(StrEnum):
+    """What runs the slides of a cohort."""
+
+    LOCAL = "local"
+    RAY = "ray"
 
 
 @dataclass(frozen=True)
@@ -47,10 +62,17 @@ class Job:
 
 def predict(
     model: Annotated[Path, typer.Argument(help="A run directory or a model folder.")],
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files, folders, or patterns like '*.png'.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE...", help="Images and slides: files, folders, patterns like '*.svs', CSV tables."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
-    soft: Annotated[bool, typer.Option("--soft", help="Write the class probabilities too, NAME_soft.npz.")] = False,
-    overlay: Annotated[bool, typer.Option("--overlay/--no-overlay", help="Write NAME_overlay.jpg.")] = True,
+    soft: Annotated[
+        bool, typer.Option("--soft", help="Write the class probabilities too: NAME_soft.npz, probabilities.zarr.")
+    ] = False,
+    overlay: Annotated[bool, typer.Option("--overlay/--no-overlay", help="Write NAME_overlay.jpg of images.")] = True,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows that go through the network at a time.")] = 8,
     device: Annotated[
         Device, typer.Option(help="Where to compute; auto takes a GPU where there is one.")
@@ -58,35 +80,98 @@ def predict(
     um_per_px: Annotated[
         float | None,
         typer.Option(
-            help="Pixel size of the images in micrometres: gives areas in mm2. Where the model knows its own pixel "
-            "size and it differs, images are resampled to it, and maps back to image size."
+            "--um-per-px",
+            "--mpp",
+            help="Pixel size in micrometres: of images (gives areas in mm2; they are resampled to the model's where it "
+            "differs, and maps back), and of level 0 of slides that do not state theirs.",
         ),
     ] = None,
+    model_mpp: Annotated[
+        float | None, typer.Option(help="Slides: um per px at which the model sees them, where it does not know.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(min=32, help="Slides: side of what the network sees, px.")] = None,
+    overlap: Annotated[int | None, typer.Option(min=0, help="Slides: overlap of windows, px.")] = None,
+    tissue: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Slides: a threshold of the tissue mask. Repeatable."),
+    ] = None,
+    outline: Annotated[
+        Path | None, typer.Option(help="Slides: GeoJSON of the tissue, instead of looking for it; for one slide.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(min=0, help="Slides: how far borders may be simplified, px.")] = 1.0,
+    min_area: Annotated[float, typer.Option(min=0, help="Slides: smaller polygons are left out, px of the map.")] = 16,
+    origin: Annotated[
+        CornerOf, typer.Option(help="Slides: what polygons measure from; QuPath measures from the bounds.")
+    ] = CornerOf.BOUNDS,
+    readers: Annotated[int | None, typer.Option(min=1, help="Slides: threads that read ahead.")] = None,
+    engine: Annotated[
+        EngineName, typer.Option(help="Slides: this machine, or an existing Ray cluster (extra: ray).")
+    ] = EngineName.LOCAL,
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster; default auto.")] = None,
+    actors: Annotated[int | None, typer.Option(min=1, help="Workers on the Ray cluster; default one a GPU.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
-    """Make tissue maps of images.
+    """Make tissue maps of images and of whole slides.
 
     For each image: NAME.png (palette mask, values are class indices), NAME_overlay.jpg, and with --soft NAME_soft.npz
     (probabilities: float16 (class, row, column); classes: names). For all: areas.csv. Files of an earlier run are
-    replaced. An image that cannot be read is reported, the others go on, and the exit code is 2.
+    replaced.
+
+    For each slide a folder NAME: classes.ome.tif, tissue.geojson.gz (for QuPath), areas.csv, overlay.jpg, and with
+    --soft probabilities.zarr. For all: cohort.csv and summary.html. Slides that are finished are skipped, a killed run
+    goes on; look at them with tissuehint view. A CSV table of slides has the columns slide, and mpp and outline where
+    they are known.
+
+    An image or slide that cannot be read is reported, the others go on, and the exit code is 2.
     """
     from tissuehint.cli.models import load_model
-    from tissuehint.cli.output import note, say
+    from tissuehint.cli.predict_slides import SlideOptions, predict_slides, split_words
     from tissuehint.errors import InputError
 
     if um_per_px is not None and not 0.01 <= um_per_px <= 1000:
         raise InputError(f"--um-per-px {um_per_px}", "is not in 0.01..1000", "give micrometres, 0.5 for a 20x scan")
+    slides, others = split_words(images)
     job = Job(out, soft, overlay, batch_size, um_per_px)
-    paths = find_images(images)
+    paths = find_images(others) if others else []
     check_targets(paths, job)
-    loaded = load_model(model, device)
-    rows, failed = _predict_all(loaded, paths, job, quiet=quiet)
+    options = SlideOptions(
+        model_mpp=model_mpp,
+        window=window,
+        overlap=overlap,
+        soft=soft,
+        tissue=tuple(tissue or ()),
+        outline=outline,
+        tolerance=tolerance,
+        min_area=min_area,
+        origin=origin.value,
+        readers=readers,
+        engine=engine.value,
+        address=address,
+        actors=actors,
+        batch_size=batch_size,
+        um_per_px=um_per_px,
+        quiet=quiet,
+    )
+    well = True
+    if paths:
+        well = _predict_images(load_model(model, device), paths, job, quiet=quiet)
+    if slides:
+        well = predict_slides(model, device, slides, out, options) and well
+    if not well:
+        raise typer.Exit(2)
+
+
+def _predict_images(model: TissueModel, paths: Sequence[Path], job: Job, *, quiet: bool) -> bool:
+    """Whether all have a result."""
+    from tissuehint.cli.output import note, say
+
+    rows, failed = _predict_all(model, paths, job, quiet=quiet)
     if rows:
-        _write_areas(out / AREAS, rows)
-        say(f"{len(paths) - len(failed)} of {len(paths)} images: {out}, areas in {out / AREAS}")
+        _write_areas(job.out / AREAS, rows)
+        say(f"{len(paths) - len(failed)} of {len(paths)} images: {job.out}, areas in {job.out / AREAS}")
     if failed:
         note(f"error: {len(failed)} of {len(paths)} images have no result: {', '.join(map(str, failed))}")
-        raise typer.Exit(2)
+    return not failed
 
 
 def find_images(words: Sequence[str]) -> list[Path]:
@@ -143,8 +228,8 @@ def _predict_all(
     model: TissueModel, paths: Sequence[Path], job: Job, *, quiet: bool
 ) -> tuple[list[list[str]], list[Path]]:
     """Rows of the area table, and the images that have no result."""
-    from tissuehint.cli.failures import describe
     from tissuehint.cli.output import note
+    from tissuehint.failures import describe
 
     rows: list[list[str]] = []
     failed: list[Path] = []

@@ -1,10 +1,13 @@
-"""Points from QuPath: annotations exported as GeoJSON."""
+"""Annotations from QuPath, exported as GeoJSON: points, and regions of a class."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from tissuehint.data.tables import LARGEST_PIXEL, LabelledPoint, Problem, as_poi
 from tissuehint.errors import InputError
 from tissuehint.labels import LabelSpace, Points
 
+GZIP = b"\x1f\x8b"
 _POINT_KINDS = ("Point", "MultiPoint")
 
 
@@ -42,6 +46,40 @@ def points_from_geojson(path: Path, labels: LabelSpace) -> Points:
     return as_points(points)
 
 
+@dataclass(frozen=True)
+class Annotation:
+    """What someone drew on a slide.
+
+    Args:
+        label: its class, as QuPath names it (``A: B`` for derived ones); None where it has none.
+        geometry: GeoJSON geometry; [x, y] in level-0 pixels from the corner that the file measures from.
+        place: which one of the file, for messages.
+    """
+
+    label: str | None
+    geometry: dict[str, Any]
+    place: str
+
+
+def read_annotations(path: Path) -> list[Annotation]:
+    """All annotations of a file that QuPath exported, GeoJSON or gzipped GeoJSON, in their order.
+
+    Raises:
+        InputError: no GeoJSON; a feature without geometry.
+    """
+    problems: list[Problem] = []
+    content = _json(path, str(path), problems)
+    refuse(problems)
+    found = []
+    for number, feature in enumerate(_features(content, str(path)), 1):
+        geometry = feature.get("geometry")
+        if not isinstance(geometry, dict) or not isinstance(geometry.get("type"), str):
+            rule = f"feature {number} has no geometry"
+            raise InputError(path, rule, "export annotations as GeoJSON from QuPath")
+        found.append(Annotation(_class_name(feature), geometry, f"feature {number}"))
+    return found
+
+
 def parse_geojson(path: Path, file: str, labels: LabelSpace, problems: list[Problem]) -> list[LabelledPoint]:
     """Points of a QuPath export; what is wrong is added to ``problems`` under the name ``file``."""
     content = _json(path, file, problems)
@@ -65,11 +103,15 @@ def parse_geojson(path: Path, file: str, labels: LabelSpace, problems: list[Prob
 def _json(path: Path, file: str, problems: list[Problem]) -> Any:
     fix = "export annotations as GeoJSON from QuPath"
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
+        content = path.read_bytes()
+        if content[:2] == GZIP:
+            content = gzip.decompress(content)
+        return json.loads(content.decode("utf-8-sig"))
     except FileNotFoundError:
         problems.append(Problem(file, None, "file", "does not exist", "check the path"))
-    except OSError as error:
-        problems.append(Problem(file, None, "file", f"cannot be read ({error.strerror})", "check the file"))
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        problems.append(Problem(file, None, "file", f"cannot be read ({reason})", "check the file"))
     except UnicodeDecodeError:
         problems.append(Problem(file, None, "file", "is not UTF-8", fix))
     except json.JSONDecodeError as error:
@@ -110,13 +152,7 @@ def _points(
 
 
 def _label(feature: dict[str, Any], name: str, file: str, labels: LabelSpace, problems: list[Problem]) -> int | None:
-    properties = feature.get("properties")
-    classification = properties.get("classification") if isinstance(properties, dict) else None
-    found = None
-    if isinstance(classification, dict):
-        found = classification.get("name")
-        if found is None and isinstance(classification.get("names"), list):
-            found = ": ".join(str(part) for part in classification["names"])
+    found = _class_name(feature)
     if not found:
         fix = f"set its class in QuPath to one of {', '.join(labels.names)}"
         problems.append(Problem(file, None, name, "is a point without a class", fix))
@@ -126,6 +162,17 @@ def _label(feature: dict[str, Any], name: str, file: str, labels: LabelSpace, pr
         problems.append(Problem(file, None, name, rule, "use one of these names"))
         return None
     return labels.names.index(found)
+
+
+def _class_name(feature: dict[str, Any]) -> str | None:
+    properties = feature.get("properties")
+    classification = properties.get("classification") if isinstance(properties, dict) else None
+    if not isinstance(classification, dict):
+        return None
+    found = classification.get("name")
+    if found is None and isinstance(classification.get("names"), list):
+        found = ": ".join(str(part) for part in classification["names"])
+    return str(found) if found else None
 
 
 def _pixel(place: Any) -> tuple[int, int] | None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from tissuehint.errors import InputError
 from tissuehint.files import write_text
+from tissuehint.report.document import document
 from tissuehint.report.folds import fold_table
 from tissuehint.report.gallery import gallery
 from tissuehint.report.markup import Markup, join, tag
@@ -57,27 +55,7 @@ def write_report(run: Path) -> Path:
 
 def page(record: RunRecord) -> str:
     """The whole page as text."""
-    body = _body(record)
-    style, script = _packaged("page.css"), _packaged("page.js")
-    # the policy forbids every request, and every script but this one: names in user data can never run
-    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
-    policy = (
-        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=policy),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", f"{_name(record)}: tissuehint report"),
-        tag("style", Markup(style)),
-    )
-    size = (len(body.encode("utf-8")) + len(head.encode("utf-8")) + len(script)) / 1e6
-    footer = tag("footer", tag("p", f"This page is one file of {size:.1f} MB and asks the network for nothing."))
-    document = tag("html", head, tag("body", body, footer, tag("script", Markup(script))), lang="en")
-    return f"<!DOCTYPE html>\n{document}\n"
+    return document(f"{_name(record)}: tissuehint report", _body(record), "page.js")
 
 
 def _body(record: RunRecord) -> Markup:
@@ -241,7 +219,3 @@ def _duration(seconds: float) -> str | None:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def _packaged(name: str) -> str:
-    return resources.files("tissuehint.report").joinpath(name).read_text(encoding="utf-8")

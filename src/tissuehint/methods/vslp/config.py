@@ -196,18 +196,18 @@ class LearningConfig(BaseModel):
 
     model_config = FROZEN
 
-    steps: int = Field(default=200, ge=0)
+    steps: int = Field(default=300, ge=0)
     batch_size: int | None = Field(default=None, ge=1)
     round_steps: int | None = Field(default=None, ge=1)
     views: int = Field(default=4, ge=1)
-    warm_up: int = Field(default=50, ge=0)
+    warm_up: int = Field(default=80, ge=0)
     confidence: float = Field(default=0.7, ge=0, lt=1)
     consensus_weight: float = Field(default=1.0, ge=0)
     proportion_weight: float = Field(default=1.0, ge=0)
     dead_zone: float = Field(default=0.0, ge=0, lt=1)
     entropy_weight: float = Field(default=0.1, ge=0)
     sharpness: float = Field(default=0.3, gt=0, le=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=5e-3, gt=0)
     scalar_rate: float = Field(default=1e-2, gt=0)
 
 

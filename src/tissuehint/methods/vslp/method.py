@@ -39,7 +39,7 @@ CALIBRATION_IMAGES = 128
 #: The flow keeps the proportions of maps that are sharpened by this temperature, and ends with those of the argmax.
 PROJECTION_TEMPERATURE, FINAL_TEMPERATURE = 0.1, 0.02
 
-#: A step that does not lower the energy at 1/64 of its length is the last: energies of EBHI-Seg end as with 20 halvings.
+#: A step that lowers the energy not even at a 64th of its length is the last: on EBHI-Seg as good as with 20 halvings.
 HALVINGS = 6
 
 

@@ -1,0 +1,139 @@
+"""Whole slides: throughput against the bare network on the same tiles in memory, and peak memory at two sizes.
+
+    OMP_NUM_THREADS=2 uv run python benchmarks/slides.py --side 20000 --mpp 1.0
+    OMP_NUM_THREADS=2 uv run python benchmarks/slides.py --side 40000 --mpp 1.0 --network tiny
+
+Each size runs in a process of its own. Peak memory is that of the process while a slide is predicted, less what it had
+with the model loaded and one batch computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+NETWORKS = {
+    "unet": {"architecture": "unet", "encoder": {"name": "mobilenetv2_100"}},
+    "tiny": {"architecture": "unet", "scale": 0.25, "encoder": {"name": "mobilenetv3_small_050"}},
+}
+
+
+def resident() -> float:
+    """Memory of this process now, MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+
+def peak() -> float:
+    """Largest memory since ``reset_peak``, MB."""
+    status = Path("/proc/self/status").read_text()
+    return float(status.split("VmHWM:")[1].split()[0]) / 1e3
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(slide: Path, side: int, mpp: float, network: str, batch_size: int, soft: bool) -> dict[str, float]:
+    import numpy as np
+    import torch
+
+    from tissuehint.data.phantom import PHANTOM_LABELS
+    from tissuehint.model import TissueModel
+    from tissuehint.nn.networks import NetworkConfig, build_network
+    from tissuehint.slides.mapping import MappingConfig, plan_map
+    from tissuehint.slides.predict import SlideConfig, SlideJob, predict_slide
+    from tissuehint.slides.reader import open_slide
+    from tissuehint.slides.tissue import find_tissue
+
+    torch.manual_seed(0)
+    config = NetworkConfig(**NETWORKS[network])
+    labels = PHANTOM_LABELS
+    model = TissueModel.from_network(build_network(config, labels.num_classes).eval(), labels, config, um_per_px=mpp)
+    settings = SlideConfig(mapping=MappingConfig(probabilities=soft))
+    with open_slide(slide) as opened:
+        plan = plan_map(model, opened, find_tissue(opened, settings.tissue), settings.mapping)
+        window = plan.tiling.side
+        wanted = np.argwhere(plan.wanted)
+        wanted = wanted[np.linspace(0, len(wanted) - 1, 4 * batch_size).astype(int)]
+        tiles = []
+        for row, column in wanted:
+            box = plan.placement.box(row * plan.tiling.stride, column * plan.tiling.stride, window, window)
+            tiles.append(opened.read(box, plan.placement.um_per_px))
+    images = torch.from_numpy(np.stack(tiles)).movedim(-1, 1).float() / 255
+
+    def bare() -> float:
+        """Seconds a window."""
+        started = time.perf_counter()
+        with torch.no_grad():
+            for start in range(0, len(images), batch_size):
+                model.mapper(images[start : start + batch_size])
+        return (time.perf_counter() - started) / len(images)
+
+    bare()
+    before = bare()
+    reset_peak()
+    loaded = resident()
+    with tempfile.TemporaryDirectory(dir=slide.parent) as folder:
+        started = time.perf_counter()
+        facts = {"sha256": "benchmark"}
+        state = predict_slide(model, facts, SlideJob(slide, Path(folder) / "map"), settings, batch_size=batch_size)
+        seconds = time.perf_counter() - started
+        written = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()) / 1e6
+    most = peak()
+    after = bare()
+    alone = plan.windows * (before + after) / 2
+    return {
+        "side": side,
+        "windows": plan.windows,
+        "mpx": plan.windows * plan.tiling.stride**2 / 1e6,
+        "seconds": round(seconds, 1),
+        "bare network, seconds": round(alone, 1),
+        "throughput by bare network": round(alone / seconds, 3),
+        "peak above the loaded model, MB": round(most - loaded),
+        "tissue, mm2": round(state.tissue_mm2 or 0, 1),
+        "results, MB": round(written, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, nargs="+", default=[20000])
+    parser.add_argument("--mpp", type=float, default=1.0, help="um per px of the model; the slide has 0.5")
+    parser.add_argument("--network", choices=NETWORKS, default="unet")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--soft", action="store_true")
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark_slides"), help="where the slides are kept")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    words = parser.parse_args()
+    if words.measure:
+        (side,) = words.side
+        path = words.folder / f"phantom_{side}.svs"
+        print(json.dumps(measure(path, side, words.mpp, words.network, words.batch_size, words.soft)))
+        return
+    from tissuehint.data.phantom_slide import write_phantom_slide
+
+    words.folder.mkdir(parents=True, exist_ok=True)
+    for side in words.side:
+        path = words.folder / f"phantom_{side}.svs"
+        if not path.is_file():
+            started = time.perf_counter()
+            write_phantom_slide(path, side, side, seed=0, um_per_px=0.5)
+            print(f"{path}: written in {time.perf_counter() - started:.0f} s, {path.stat().st_size / 1e6:.0f} MB")
+        line = [sys.executable, __file__, "--measure", "--side", str(side), "--mpp", str(words.mpp)]
+        line += ["--network", words.network, "--batch-size", str(words.batch_size), "--folder", str(words.folder)]
+        line += ["--soft"] if words.soft else []
+        found = json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        for name, value in found.items():
+            print(f"{name:34} {value}")
+        print(flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Whole slides: read them, find their tissue, map it with a TissueModel, and write what other programs open."""

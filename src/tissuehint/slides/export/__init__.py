@@ -1,0 +1,1 @@
+"""What a mapped slide is written as: pyramids, polygons, areas, pictures."""

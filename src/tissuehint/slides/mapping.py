@@ -1,0 +1,312 @@
+"""The tissue map of a slide: read, compute, stitch; in bounded memory, and going on where a killed run stopped."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import zarr
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from tissuehint.data.patches import resize_image
+from tissuehint.errors import InputError
+from tissuehint.model import TissueModel
+from tissuehint.slides.coordinates import Placement
+from tissuehint.slides.reader import Slide
+from tissuehint.slides.stitch import BlockSum, Waiting
+from tissuehint.slides.tiles import Tiling
+from tissuehint.slides.tissue import Tissue
+
+#: Least side of a block's core, px: its sums take some tens of MB.
+CORE = 1536
+
+#: Pixel sizes within 1 % are the same: scanners do not agree better than that.
+SAME_SIZE = 0.01
+
+#: Windows without a grid in the model.
+WINDOW, OVERLAP = 512, 64
+
+CLASSES, PROBABILITIES, JOURNAL, WAITING = "classes.zarr", "probabilities.zarr", "blocks.txt", "waiting"
+
+
+class MappingConfig(BaseModel):
+    """How a model sees a slide.
+
+    Args:
+        um_per_px: pixel size at which the model sees the slide; None takes the model's own.
+        window: side of what the network sees at a time, px; None takes that of the model, or else 512.
+        overlap: of windows, px; None takes that of the model, or else 64.
+        probabilities: keep the probabilities too.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    um_per_px: float | None = Field(default=None, gt=0)
+    window: int | None = Field(default=None, ge=32)
+    overlap: int | None = Field(default=None, ge=0)
+    probabilities: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the map of a slide lies, and how it is cut up.
+
+    Args:
+        placement: of the map on the slide.
+        tiling: windows and blocks.
+        network_side: side at which the network sees a window, px.
+        wanted: (rows, columns) bool, windows that see tissue.
+    """
+
+    placement: Placement
+    tiling: Tiling
+    network_side: int
+    wanted: NDArray[np.bool_]
+
+    @property
+    def windows(self) -> int:
+        """How many windows go through the network."""
+        return int(self.wanted.sum())
+
+
+def plan_map(model: TissueModel, slide: Slide, tissue: Tissue, config: MappingConfig) -> Plan:
+    """The windows of a slide that a model has to see.
+
+    The map covers the bounds of the slide. Where the pixel size of the slide is within 1 % of what the model sees, the
+    slide's own pixels are used.
+
+    Raises:
+        InputError: a slide or a model that does not know its pixel size, an overlap that leaves no stride.
+    """
+    wanted_size = config.um_per_px or model.um_per_px
+    if wanted_size is None:
+        rule = "does not know at which um per px it was trained"
+        raise InputError("model", rule, "give --model-mpp, such as 0.5 for a 20x scan")
+    scale = wanted_size / slide.um_per_px
+    scale = 1.0 if abs(scale - 1) <= SAME_SIZE else scale
+    bounds = slide.bounds
+    placement = Placement(scale * slide.um_per_px, scale, bounds.top, bounds.left)
+    grid = model.grid
+    side = config.window or (WINDOW if grid is None else grid.side)
+    overlap = config.overlap
+    if overlap is None:
+        overlap = min(OVERLAP, side // 2) if grid is None else min(grid.side - grid.stride, side - 1)
+    if overlap >= side:
+        raise InputError(f"--overlap {overlap}", f"leaves no step between windows of {side} px", "take less than half")
+    network_side = side
+    if grid is not None and grid.resize is not None:
+        network_side = round(side * grid.resize / grid.side)
+    stride = side - overlap
+    tiling = Tiling(
+        height=max(1, round(bounds.height / scale)),
+        width=max(1, round(bounds.width / scale)),
+        side=side,
+        stride=stride,
+        block=-(-max(CORE, overlap) // stride),
+    )
+    tops, lefts = tiling.corners()
+    rows, columns = placement.to_slide(tops.astype(float), lefts.astype(float))
+    length = side * scale
+    shares = tissue.shares(rows[:, None], columns[None, :], length, length)
+    return Plan(placement, tiling, network_side, shares > 0)
+
+
+class Mapper:
+    """Computes the map of one slide into a folder.
+
+    Args:
+        model: on its device.
+        slide: opened.
+        tissue: pixels elsewhere are ``labels.ignore``.
+        plan: what to compute.
+        folder: of the work in progress; what an earlier run of the same plan left there is kept.
+        probabilities: write ``probabilities.zarr`` too.
+        batch_size: windows at a time.
+        readers: threads that read ahead; None takes as many as there are cores, 8 at most.
+    """
+
+    def __init__(
+        self,
+        model: TissueModel,
+        slide: Slide,
+        tissue: Tissue,
+        plan: Plan,
+        folder: Path,
+        *,
+        probabilities: bool = False,
+        batch_size: int = 8,
+        readers: int | None = None,
+    ) -> None:
+        self.model, self.slide, self.tissue, self.plan, self.folder = model, slide, tissue, plan, folder
+        self.batch_size = batch_size
+        self.readers = readers or min(8, os.cpu_count() or 1)
+        self.waiting = Waiting(folder / WAITING)
+        tiling, labels = plan.tiling, model.labels
+        core = tiling.core_side
+        self.classes = _array(folder / CLASSES, (tiling.height, tiling.width), (core, core), None, labels.ignore)
+        self.probabilities: Any = None
+        if probabilities:
+            kinds, stride = labels.num_classes, tiling.stride
+            self.probabilities = _array(
+                folder / PROBABILITIES,
+                (kinds, tiling.height, tiling.width),
+                (kinds, stride, stride),
+                (kinds, core, core),
+                0,
+            )
+
+    def run(self, progress: Callable[[int], None] | None = None) -> Any:
+        """Compute all blocks that are not done.
+
+        Args:
+            progress: is told the number of windows after each step, those of an earlier run included.
+
+        Returns:
+            The class map, a zarr array (H,W) uint8.
+        """
+        done = self._done()
+        tell = progress or (lambda count: None)
+        tell(sum(len(self._windows(*block)) for block in done))
+        todo = [block for block in self.plan.tiling.blocks() if block not in done]
+        with ThreadPoolExecutor(self.readers) as pool:
+            for (row, column), picture in _ahead(pool, todo, self._read, self.readers + 1):
+                self._block(row, column, picture, tell)
+        return self.classes
+
+    # ---- one block ------------------------------------------------------------------------------------------------
+
+    def _windows(self, row: int, column: int) -> NDArray[np.int64]:
+        """(N,2) windows of a block that see tissue."""
+        windows = self.plan.tiling.windows(row, column)
+        return windows[self.plan.wanted[windows[:, 0], windows[:, 1]]]
+
+    def _read(self, block: tuple[int, int]) -> NDArray[np.uint8] | None:
+        """The pixels under the windows of a block, (h,w,3); None where none sees tissue."""
+        windows = self._windows(*block)
+        if not len(windows):
+            return None
+        tiling = self.plan.tiling
+        top, left = windows.min(0) * tiling.stride
+        bottom, right = windows.max(0) * tiling.stride + tiling.side
+        box = self.plan.placement.box(top, left, bottom - top, right - left)
+        return self.slide.read(box, self.plan.placement.um_per_px)
+
+    @torch.no_grad()
+    def _block(self, row: int, column: int, picture: NDArray[np.uint8] | None, tell: Callable[[int], None]) -> None:
+        tiling, model = self.plan.tiling, self.model
+        left_by_others = self.waiting.fetch(row, column)
+        if picture is None and not left_by_others:
+            self._finish(row, column)
+            return
+        total = BlockSum(tiling, row, column, model.labels.num_classes, model.device)
+        for sums in left_by_others:
+            total.take(sums)
+        if picture is not None:
+            windows = self._windows(row, column)
+            corners = windows * tiling.stride
+            within = corners - corners.min(0)
+            for start in range(0, len(windows), self.batch_size):
+                some = slice(start, start + self.batch_size)
+                total.add(self._maps(picture, within[some]), *corners[some].T.tolist())
+                tell(len(corners[some]))
+        shares, seen = total.mean()
+        self._write(row, column, shares, seen)
+        # before the block counts as done, so that a run that is killed here does it again
+        self.waiting.leave(row, column, total.beyond())
+        self._finish(row, column)
+
+    def _maps(self, picture: NDArray[np.uint8], corners: NDArray[np.int64]) -> torch.Tensor:
+        """(N,K,side,side) of windows at corners (N,2) of a picture."""
+        side, device = self.plan.tiling.side, self.model.device
+        cuts = np.stack([picture[top : top + side, left : left + side] for top, left in corners])
+        images = torch.from_numpy(cuts).to(device).movedim(-1, 1).float() / 255
+        maps = self.model.mapper(resize_image(images, self.plan.network_side)).float()
+        if maps.shape[-1] != side:
+            maps = F.interpolate(maps, (side, side), mode="bilinear", align_corners=False)
+        return maps
+
+    def _write(self, row: int, column: int, shares: torch.Tensor, seen: torch.Tensor) -> None:
+        core = self.plan.tiling.core(row, column)
+        inside = self._tissue(row, column) & seen.cpu().numpy()
+        if not inside.any():
+            return
+        rows, columns = slice(core.top, core.bottom), slice(core.left, core.right)
+        classes = shares.argmax(0).to(torch.uint8).cpu().numpy()
+        self.classes[rows, columns] = np.where(inside, classes, np.uint8(self.model.labels.ignore))
+        if self.probabilities is not None:
+            scaled = (shares * 255).round().to(torch.uint8).cpu().numpy()
+            self.probabilities[:, rows, columns] = np.where(inside, scaled, np.uint8(0))
+
+    def _tissue(self, row: int, column: int) -> NDArray[np.bool_]:
+        """(h,w): which pixels of a core have their centre on tissue."""
+        core, placement = self.plan.tiling.core(row, column), self.plan.placement
+        rows, columns = placement.to_slide(
+            np.arange(core.top, core.bottom) + 0.5, np.arange(core.left, core.right) + 0.5
+        )
+        return self.tissue.at(rows, columns)
+
+    # ---- what is done ---------------------------------------------------------------------------------------------
+
+    def _done(self) -> set[tuple[int, int]]:
+        """Blocks that an earlier run finished; a last line that was cut off does not count."""
+        journal = self.folder / JOURNAL
+        text = journal.read_text(encoding="ascii") if journal.is_file() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            journal.write_text(whole, encoding="ascii")
+        done = set()
+        for line in whole.splitlines():
+            row, column = line.split()
+            done.add((int(row), int(column)))
+        return done
+
+    def _finish(self, row: int, column: int) -> None:
+        with (self.folder / JOURNAL).open("a", encoding="ascii") as journal:
+            journal.write(f"{row} {column}\n")
+        # the corner is the last that a block waits for; what it used is of no more use
+        self.waiting.forget(row, column)
+
+
+def _ahead(
+    pool: ThreadPoolExecutor,
+    items: Iterable[tuple[int, int]],
+    read: Callable[[tuple[int, int]], NDArray[np.uint8] | None],
+    depth: int,
+) -> Iterator[tuple[tuple[int, int], NDArray[np.uint8] | None]]:
+    """Items in order with what was read for them, ``depth`` of them read ahead."""
+    waiting: deque[tuple[tuple[int, int], Future[NDArray[np.uint8] | None]]] = deque()
+    for item in items:
+        waiting.append((item, pool.submit(read, item)))
+        if len(waiting) > depth:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    while waiting:
+        first, future = waiting.popleft()
+        yield first, future.result()
+
+
+def _array(
+    path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], shards: tuple[int, ...] | None, fill: int
+) -> Any:
+    """A zarr array on disk, made or opened; chunks that hold nothing but ``fill`` are not written."""
+    if path.is_dir():
+        return zarr.open_array(str(path), mode="r+")
+    return zarr.create_array(
+        str(path),
+        shape=shape,
+        chunks=chunks,
+        shards=shards,
+        dtype="uint8",
+        fill_value=fill,
+        compressors=zarr.codecs.ZstdCodec(level=3),
+        config={"write_empty_chunks": False},
+    )

@@ -1,0 +1,1 @@
+"""The local viewer: a page over a folder of predicted slides."""
