@@ -92,7 +92,7 @@ def test_a_worker_that_is_killed_changes_nothing(cluster, cohort, tmp_path, monk
     killed = []
 
     def kill():
-        limit = time.monotonic() + 100
+        limit = time.monotonic() + 240
         while time.monotonic() < limit and not killed:
             journals = list((tmp_path / "ray").glob("*/.work/blocks.txt"))
             workers = list((cohort / "working").glob("*")) if (cohort / "working").is_dir() else []

@@ -75,7 +75,7 @@ def tile(
         hints=tuple(word.strip() for word in hints.split(",") if word.strip()),
         masks=masks,
         unlabelled=unlabelled or annotations is None,
-        origin=origin,  # type: ignore[arg-type]
+        origin=origin,
     )
     failed: list[str] = []
     found: list[Record] = []

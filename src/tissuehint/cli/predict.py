@@ -98,7 +98,7 @@ def predict(
     outline: Annotated[
         Path | None, typer.Option(help="Slides: GeoJSON of the tissue, instead of looking for it; for one slide.")
     ] = None,
-    tolerance: Annotated[float, typer.Option(min=0, help="Slides: how far borders may be simplified, px.")] = 1.0,
+    tolerance: Annotated[float, typer.Option(min=0, help="Slides: how far borders may be simplified, px.")] = 1.5,
     min_area: Annotated[float, typer.Option(min=0, help="Slides: smaller polygons are left out, px of the map.")] = 16,
     origin: Annotated[
         CornerOf, typer.Option(help="Slides: what polygons measure from; QuPath measures from the bounds.")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import zarr
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
+from zarr.codecs import ZstdCodec
 
 from tissuehint.data.patches import resize_image
 from tissuehint.errors import InputError
@@ -249,9 +250,9 @@ class Mapper:
     def _tissue(self, row: int, column: int) -> NDArray[np.bool_]:
         """(h,w): which pixels of a core have their centre on tissue."""
         core, placement = self.plan.tiling.core(row, column), self.plan.placement
-        rows, columns = placement.to_slide(
-            np.arange(core.top, core.bottom) + 0.5, np.arange(core.left, core.right) + 0.5
-        )
+        lines = (np.arange(core.top, core.bottom) + 0.5).astype(np.float64)
+        places = (np.arange(core.left, core.right) + 0.5).astype(np.float64)
+        rows, columns = placement.to_slide(lines, places)
         return self.tissue.at(rows, columns)
 
     # ---- what is done ---------------------------------------------------------------------------------------------
@@ -307,6 +308,6 @@ def _array(
         shards=shards,
         dtype="uint8",
         fill_value=fill,
-        compressors=zarr.codecs.ZstdCodec(level=3),
+        compressors=ZstdCodec(level=3),
         config={"write_empty_chunks": False},
     )

@@ -51,7 +51,7 @@ class PolygonConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tolerance: float = Field(default=1.0, ge=0)
+    tolerance: float = Field(default=1.5, ge=0)
     min_area: float = Field(default=16, ge=0)
     origin: Origin = "bounds"
 
