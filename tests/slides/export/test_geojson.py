@@ -191,7 +191,7 @@ class TestRead:
             (b'{"type": "FeatureCollection"}', "is no FeatureCollection"),
             (gzip.compress(b'{"type": "FeatureCollection", "features": []}' * 9, mtime=0)[:-12], "cannot be read"),
             (b"\x1f\x8b\x08\x00broken", "cannot be read"),
-            (gzip.compress(b"[]" * 99, mtime=0, mtime=0)[:12] + b"broken" * 9, "cannot be read"),
+            (gzip.compress(b"[]" * 99, mtime=0)[:12] + b"broken" * 9, "cannot be read"),
             (b'[{"geometry": {"type": "Polygon", "coordinates": [[[0, 0], [1]]]}}]', "feature 1: has a geometry"),
             (b'[{"geometry": {"type": "Circle"}}]', "feature 1: has a geometry"),
         ],
