@@ -1,8 +1,11 @@
 """Whole slides: throughput against the bare network on the same tiles in memory, and peak memory at two sizes.
 
-    OMP_NUM_THREADS=2 uv run python benchmarks/slides.py --side 20000 --mpp 1.0
-    OMP_NUM_THREADS=2 uv run python benchmarks/slides.py --side 40000 --mpp 1.0 --network tiny
+    uv run tissuehint demo
+    OMP_NUM_THREADS=2 uv run python benchmarks/slides.py --side 20000 --mpp 1.0 --model runs/cam-phantom
+    OMP_NUM_THREADS=2 uv run python benchmarks/slides.py --side 20000 40000 --mpp 1.0 --network tiny
 
+Without ``--model`` weights are random, and so is the class map: noise, whose polygons take far longer than those of
+tissue.
 Each size runs in a process of its own. Peak memory is that of the process while a slide is predicted, less what it had
 with the model loaded and one batch computed.
 """
@@ -40,7 +43,9 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(slide: Path, side: int, mpp: float, network: str, batch_size: int, soft: bool) -> dict[str, float]:
+def measure(
+    slide: Path, side: int, mpp: float, network: str, trained: Path | None, batch_size: int, soft: bool
+) -> dict[str, float]:
     import numpy as np
     import torch
 
@@ -55,8 +60,10 @@ def measure(slide: Path, side: int, mpp: float, network: str, batch_size: int, s
     torch.manual_seed(0)
     config = NetworkConfig(**NETWORKS[network])
     labels = PHANTOM_LABELS
-    model = TissueModel.from_network(build_network(config, labels.num_classes).eval(), labels, config, um_per_px=mpp)
-    settings = SlideConfig(mapping=MappingConfig(probabilities=soft))
+    model = TissueModel.from_network(build_network(config, labels.num_classes).eval(), labels, config)
+    if trained is not None:
+        model = TissueModel.load(trained)
+    settings = SlideConfig(mapping=MappingConfig(probabilities=soft, um_per_px=mpp))
     with open_slide(slide) as opened:
         plan = plan_map(model, opened, find_tissue(opened, settings.tissue), settings.mapping)
         window = plan.tiling.side
@@ -107,6 +114,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, nargs="+", default=[20000])
     parser.add_argument("--mpp", type=float, default=1.0, help="um per px of the model; the slide has 0.5")
     parser.add_argument("--network", choices=NETWORKS, default="unet")
+    parser.add_argument("--model", type=Path, help="a run on the phantom, such as that of tissuehint demo")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--soft", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark_slides"), help="where the slides are kept")
@@ -115,7 +123,7 @@ def main() -> None:
     if words.measure:
         (side,) = words.side
         path = words.folder / f"phantom_{side}.svs"
-        print(json.dumps(measure(path, side, words.mpp, words.network, words.batch_size, words.soft)))
+        print(json.dumps(measure(path, side, words.mpp, words.network, words.model, words.batch_size, words.soft)))
         return
     from tissuehint.data.phantom_slide import write_phantom_slide
 
@@ -129,6 +137,7 @@ def main() -> None:
         line = [sys.executable, __file__, "--measure", "--side", str(side), "--mpp", str(words.mpp)]
         line += ["--network", words.network, "--batch-size", str(words.batch_size), "--folder", str(words.folder)]
         line += ["--soft"] if words.soft else []
+        line += ["--model", str(words.model)] if words.model else []
         found = json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         for name, value in found.items():
             print(f"{name:34} {value}")
