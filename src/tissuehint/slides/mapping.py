@@ -241,7 +241,7 @@ class Mapper:
         if not inside.any():
             return
         rows, columns = slice(core.top, core.bottom), slice(core.left, core.right)
-        classes = shares.argmax(0).to(torch.uint8).cpu().numpy()
+        classes = _likeliest(shares).cpu().numpy()
         self.classes[rows, columns] = np.where(inside, classes, np.uint8(self.model.labels.ignore))
         if self.probabilities is not None:
             scaled = (shares * 255).round().to(torch.uint8).cpu().numpy()
@@ -275,6 +275,17 @@ class Mapper:
             journal.write(f"{row} {column}\n")
         # the corner is the last that a block waits for; what it used is of no more use
         self.waiting.forget(row, column)
+
+
+def _likeliest(shares: torch.Tensor) -> torch.Tensor:
+    """Argmax of (K,h,w) over K as uint8; the first of equal ones. Class by class, many times faster on the CPU."""
+    best = shares[0].clone()
+    classes = torch.zeros_like(best, dtype=torch.uint8)
+    for label in range(1, len(shares)):
+        better = shares[label] > best
+        classes.masked_fill_(better, label)
+        torch.maximum(best, shares[label], out=best)
+    return classes
 
 
 def _ahead(
