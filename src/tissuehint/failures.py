@@ -65,6 +65,18 @@ def describe(error: BaseException) -> Failure | None:
     return None if line is None else Failure(" ".join(line.split()))
 
 
+def line_about(error: Exception, subject: object) -> str:
+    """The failure of one item of a batch in one line that names the item; also for what no user caused.
+
+    Example:
+        >>> line_about(ValueError("no such thing"), "a.svs")
+        'a.svs: ValueError: no such thing'
+    """
+    failure = describe(error)
+    line = " ".join((f"{type(error).__name__}: {error}" if failure is None else failure.line).split())
+    return line if str(subject) in line else f"{subject}: {line}"
+
+
 def was_interrupted(error: BaseException) -> bool:
     """Ctrl-C, also where a library turned it into an exit (Lightning does, to stop its other processes)."""
     seen: BaseException | None = error

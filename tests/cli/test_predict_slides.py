@@ -157,6 +157,13 @@ class TestCohorts:
         assert predict(scans / "a.svs").code == 0
         assert record(predict.out / "a")["attempts"] == 2
 
+    def test_a_slide_that_was_replaced_by_a_bad_one_keeps_no_old_results(self, predict, scans):
+        assert predict(scans / "a.svs", "--soft").code == 0
+        (scans / "a.svs").write_bytes(b"no slide")
+        assert predict(scans / "a.svs", "--soft").code == 2
+        assert {file.name for file in (predict.out / "a").iterdir()} == {"slide.json"}
+        assert record(predict.out / "a")["state"] == "failed"
+
     def test_other_settings_or_models_need_another_folder(self, predict, scans, tiny_runs):
         assert predict(scans / "a.svs").code == 0
         predict(scans / "a.svs", "--tolerance", 2).refused(str(predict.out), "other settings of polygons", "--out")

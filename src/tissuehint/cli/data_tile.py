@@ -136,7 +136,7 @@ def _cut(
 ) -> list[Record]:
     """Patches of all slides that can be read; the others are told and listed."""
     from tissuehint.cli.output import note
-    from tissuehint.failures import describe
+    from tissuehint.failures import line_about
     from tissuehint.slides.cut import cut_slide
 
     found: list[Any] = []
@@ -144,10 +144,7 @@ def _cut(
         try:
             records = cut_slide(job, labels, config, folder, tissue_config=tissue)
         except Exception as error:  # one bad slide never stops the batch
-            failure = describe(error)
-            if failure is None:
-                raise
-            line = failure.line if str(job.slide.path) in failure.line else f"{job.slide.path}: {failure.line}"
+            line = line_about(error, job.slide.path)
             note(f"error: {line}")
             failed.append(line)
             continue

@@ -229,7 +229,7 @@ def _predict_all(
 ) -> tuple[list[list[str]], list[Path]]:
     """Rows of the area table, and the images that have no result."""
     from tissuehint.cli.output import note
-    from tissuehint.failures import describe
+    from tissuehint.failures import line_about
 
     rows: list[list[str]] = []
     failed: list[Path] = []
@@ -237,10 +237,7 @@ def _predict_all(
         try:
             image, tissue_map = _map_of(model, path, job)
         except Exception as error:  # one bad image never stops the batch
-            failure = describe(error)
-            line = f"{type(error).__name__}: {error}" if failure is None else failure.line
-            line = " ".join(line.split())
-            note(f"error: {line}" if str(path) in line else f"error: {path}: {line}")
+            note(f"error: {line_about(error, path)}")
             failed.append(path)
             continue
         mask = model.classes(tissue_map)

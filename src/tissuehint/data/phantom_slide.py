@@ -20,6 +20,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
+from tissuehint.data.phantom_slide_description import aperio, leica
 from tissuehint.data.phantom_texture import Floats, Integers, Singles, Stain, noise, stream
 from tissuehint.data.phantom_tissue import PHANTOM_LABELS, WHITE, Tissue
 from tissuehint.errors import InputError
@@ -306,13 +307,20 @@ class _Layout:
         """Write the levels and a small picture, in the order that readers of the format expect."""
         thumbnail = small.window(0, 0, small.height, small.width)
         if self.margins is None:
-            self._level(file, levels[0], levels[0], meter, self._aperio(levels[0]))
+            self._level(
+                file,
+                levels[0],
+                levels[0],
+                meter,
+                aperio(levels[0].height, levels[0].width, self.tile, self.quality, self.um_per_px),
+            )
             file.write(thumbnail, photometric="rgb", rowsperstrip=16, compression="jpeg", metadata=None, software=False)
         else:
             scale = levels[0].width / small.width
             top, left, bottom, right = (round(pixels / scale) for pixels in self.margins)
             macro = np.pad(thumbnail, ((top, bottom), (left, right), (0, 0)), constant_values=255)
-            text = self._leica(levels, macro.shape)
+            sizes = [(level.height, level.width) for level in levels]
+            text = leica(sizes, (macro.shape[0], macro.shape[1]), self.margins, self.um_per_px)
             file.write(macro, description=text, tile=(self.tile, self.tile), **self._options(scale))
             self._level(file, levels[0], levels[0], meter)
         for level in levels[1:]:
@@ -340,56 +348,6 @@ class _Layout:
             "software": False,
             "maxworkers": 1,
         }
-
-    def _aperio(self, base: _Source) -> str:
-        size = f"{base.width}x{base.height}"
-        return (
-            f"Aperio Image Library, phantom of tissuehint\r\n{size} [0,0 {size}] ({self.tile}x{self.tile}) "
-            f"JPEG/RGB Q={self.quality}|AppMag = {10 / self.um_per_px:g}|MPP = {self.um_per_px:g}"
-        )
-
-    def _leica(self, levels: list[_Source], macro: tuple[int, ...]) -> str:
-        """The description of a Leica slide: lengths are nanometres, the macro image covers everything."""
-        assert self.margins is not None
-        top, left, bottom, right = self.margins
-        nanometres = 1000 * self.um_per_px
-        whole = {
-            "sizeX": round((levels[0].width + left + right) * nanometres),
-            "sizeY": round((levels[0].height + top + bottom) * nanometres),
-        }
-        view = {
-            "sizeX": round(levels[0].width * nanometres),
-            "sizeY": round(levels[0].height * nanometres),
-            "offsetX": round(left * nanometres),
-            "offsetY": round(top * nanometres),
-        }
-        sizes = [(level.height, level.width) for level in levels]
-        return (
-            '<?xml version="1.0"?><scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01">'
-            f'<collection name="phantom" {_attributes(whole)}>'
-            + _leica_image("macro", {**whole, "offsetX": 0, "offsetY": 0}, [(macro[0], macro[1])], 0)
-            + _leica_image("scan", view, sizes, 1)
-            + "</collection></scn>"
-        )
-
-
-def _leica_image(name: str, view: dict[str, int], sizes: list[tuple[int, int]], first: int) -> str:
-    dimensions = "".join(
-        f"<dimension {_attributes({'sizeX': width, 'sizeY': height, 'r': number, 'ifd': first + number})}/>"
-        for number, (height, width) in enumerate(sizes)
-    )
-    whole = {"sizeX": sizes[0][1], "sizeY": sizes[0][0]}
-    return (
-        f'<image name="{name}"><creationDate>2000-01-01T00:00:00Z</creationDate><device model="phantom" version="1"/>'
-        f"<pixels {_attributes(whole)}>{dimensions}</pixels><view {_attributes(view)}/><scanSettings>"
-        "<objectiveSettings><objective>20</objective></objectiveSettings><illuminationSettings><numericalAperture>0.4"
-        "</numericalAperture><illuminationSource>brightfield</illuminationSource></illuminationSettings>"
-        "</scanSettings></image>"
-    )
-
-
-def _attributes(values: dict[str, int]) -> str:
-    return " ".join(f'{name}="{value}"' for name, value in values.items())
 
 
 def _write_mask(file: tifffile.TiffWriter, slide: SlideTissue, tile: int, meter: _Meter) -> None:

@@ -1,17 +1,6 @@
 (() => {
   "use strict";
-  const root = document.documentElement;
-  root.classList.add("scripted");
   const byId = (name) => document.getElementById(name);
-
-  // dark and light page
-  const theme = byId("theme");
-  const dark = () =>
-    root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  const nameTheme = () => { theme.textContent = dark() ? "Light page" : "Dark page"; };
-  theme.hidden = false;
-  theme.addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; nameTheme(); });
-  nameTheme();
 
   // cards: filter by name and state, order by name, tissue or the share of a class
   const holder = byId("slides");

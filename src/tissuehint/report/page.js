@@ -1,18 +1,7 @@
 (() => {
   "use strict";
-  const root = document.documentElement;
-  root.classList.add("scripted");
   const all = (selector, within = document) => Array.from(within.querySelectorAll(selector));
   const byId = (name) => document.getElementById(name);
-
-  // dark and light page
-  const theme = byId("theme");
-  const dark = () =>
-    root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  const nameTheme = () => { theme.textContent = dark() ? "Light page" : "Dark page"; };
-  theme.hidden = false;
-  theme.addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; nameTheme(); });
-  nameTheme();
 
   // tables: a click on a head sorts, rows without a number stay last
   const key = (row, column) => {

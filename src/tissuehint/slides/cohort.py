@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import glob
 import io
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from tissuehint.errors import InputError
-from tissuehint.failures import describe
+from tissuehint.failures import line_about
 from tissuehint.files import finite, write_json, write_text
 from tissuehint.model import TissueModel
 from tissuehint.slides.predict import Progress, SlideConfig, SlideJob, predict_slide
@@ -191,10 +192,7 @@ class LocalEngine:
                 progress=None if self.progress is None else self.progress(job),
             )
         except Exception as error:  # one bad slide never stops the batch
-            failure = describe(error)
-            line = f"{type(error).__name__}: {error}" if failure is None else failure.line
-            line = " ".join(line.split())
-            return Outcome(job, None, line if str(job.path) in line else f"{job.path}: {line}")
+            return Outcome(job, None, line_about(error, job.path))
         return Outcome(job, state, skipped=state.attempts == attempts)
 
 
@@ -230,8 +228,6 @@ def enter_cohort(out: Path, model_facts: dict[str, Any], config: SlideConfig) ->
     wanted = finite({"model": model_facts["sha256"], **config.model_dump(mode="json")})
     file = out / COHORT_FILE
     if file.is_file():
-        import json
-
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:

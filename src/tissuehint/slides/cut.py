@@ -27,13 +27,10 @@ from tissuehint.data.records import Record, TissueDataset
 from tissuehint.errors import InputError
 from tissuehint.files import atomic_path, write_json, write_palette_png, write_text
 from tissuehint.labels import IGNORE, LabelSpace, Points, Proportions, Tags
-from tissuehint.slides.coordinates import Box, Origin, Placement
+from tissuehint.slides.coordinates import Box, Origin
 from tissuehint.slides.predict import SlideJob
 from tissuehint.slides.reader import Slide, open_slide
 from tissuehint.slides.tissue import Tissue, TissueConfig, find_tissue
-
-#: Pixel sizes within 1 % are the same: the slide's own pixels are used.
-SAME_SIZE = 0.01
 
 POINT_KINDS, REGION_KINDS = ("Point", "MultiPoint"), ("Polygon", "MultiPolygon", "GeometryCollection")
 
@@ -191,11 +188,8 @@ class _Cutter:
     ) -> None:
         self.slide, self.tissue, self.drawing = slide, tissue, drawing
         self.labels, self.config, self.folder = labels, config, folder
-        scale = config.um_per_px / slide.um_per_px
-        self.scale = 1.0 if abs(scale - 1) <= SAME_SIZE else scale
-        self.um_per_px = self.scale * slide.um_per_px
-        bounds = slide.bounds
-        self.placement = Placement(self.um_per_px, self.scale, bounds.top, bounds.left)
+        self.placement = slide.placement(config.um_per_px)
+        self.scale, self.um_per_px = self.placement.scale, self.placement.um_per_px
         self.tree = shapely.STRtree([region for region, _ in drawing.regions])
 
     def boxes(self) -> Iterator[Box]:

@@ -30,9 +30,6 @@ from tissuehint.slides.tissue import Tissue
 #: Least side of a block's core, px: its sums take some tens of MB.
 CORE = 1536
 
-#: Pixel sizes within 1 % are the same: scanners do not agree better than that.
-SAME_SIZE = 0.01
-
 #: Windows without a grid in the model.
 WINDOW, OVERLAP = 512, 64
 
@@ -92,10 +89,8 @@ def plan_map(model: TissueModel, slide: Slide, tissue: Tissue, config: MappingCo
     if wanted_size is None:
         rule = "does not know at which um per px it was trained"
         raise InputError("model", rule, "give --model-mpp, such as 0.5 for a 20x scan")
-    scale = wanted_size / slide.um_per_px
-    scale = 1.0 if abs(scale - 1) <= SAME_SIZE else scale
-    bounds = slide.bounds
-    placement = Placement(scale * slide.um_per_px, scale, bounds.top, bounds.left)
+    placement, bounds = slide.placement(wanted_size), slide.bounds
+    scale = placement.scale
     grid = model.grid
     side = config.window or (WINDOW if grid is None else grid.side)
     overlap = config.overlap

@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from tissuehint.errors import InputError
-from tissuehint.failures import describe
+from tissuehint.failures import line_about
 from tissuehint.files import atomic_path, finite, write_json
 from tissuehint.model import TissueModel
 from tissuehint.slides.coordinates import Origin
@@ -124,6 +124,8 @@ def predict_slide(
     earlier = SlideState.read(job.folder)
     if earlier is not None and earlier.state == "done" and _same(earlier, job, model_facts, settings):
         return earlier
+    if earlier is not None and earlier.state == "done":
+        _remove(job.folder, earlier.outputs)  # of another slide or other settings: old and new never stand side by side
     started = time.monotonic()
     state = SlideState(
         name=job.folder.name,
@@ -259,10 +261,16 @@ def _same(earlier: SlideState, job: SlideJob, model: dict[str, Any], settings: d
     return all(earlier.slide.get(key) == now[key] for key in ("bytes", "modified"))
 
 
+def _remove(folder: Path, names: list[str]) -> None:
+    for name in names:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+
+
 def _record_failure(state: SlideState, error: Exception, folder: Path, started: float) -> None:
-    failure = describe(error)
-    text = f"{type(error).__name__}: {error}" if failure is None else failure.line
-    state.state, state.error = "failed", " ".join(text.split())
+    state.state, state.error = "failed", line_about(error, state.slide["path"])
     state.seconds = round(time.monotonic() - started, 1)
     with suppress(OSError):  # a full disk: the message still reaches the user
         state.write(folder)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tissuehint.errors import InputError
-from tissuehint.slides.coordinates import Box, Origin
+from tissuehint.slides.coordinates import Box, Origin, Placement
 from tissuehint.slides.handles import COPY_AGAIN, WHITE, Handle, open_handle
 
 #: A level serves a read if it is finer than the read, or coarser by no more than this share.
@@ -32,6 +32,8 @@ LARGEST_UM_PER_PX = 100.0
 #: The resolution tags of a TIFF also say how large to print it; outside this range they are no microns per pixel.
 PLAUSIBLE_TAGS = (0.05, 20.0)
 UNEQUAL = 0.01
+#: Pixel sizes that differ by less are the same: scanners do not agree better than that.
+SAME_SIZE = 0.01
 
 
 class Slide:
@@ -79,6 +81,12 @@ class Slide:
     def corner(self, origin: Origin) -> tuple[float, float]:
         """(top, left) of the place from which ``origin`` measures, in level-0 pixels of the slide."""
         return (self.bounds.top, self.bounds.left) if origin == "bounds" else (0.0, 0.0)
+
+    def placement(self, um_per_px: float) -> Placement:
+        """Of a map of the bounds at a pixel size; within 1 % of the slide's own, the slide's own pixels are taken."""
+        scale = um_per_px / self.um_per_px
+        scale = 1.0 if abs(scale - 1) <= SAME_SIZE else scale
+        return Placement(scale * self.um_per_px, scale, self.bounds.top, self.bounds.left)
 
     def read(self, box: Box, um_per_px: float) -> NDArray[np.uint8]:
         """The pixels of a box at a pixel size.
