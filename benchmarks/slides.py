@@ -44,7 +44,7 @@ def reset_peak() -> None:
 
 
 def measure(
-    slide: Path, side: int, mpp: float, network: str, trained: Path | None, batch_size: int, soft: bool
+    slide: Path, side: int, mpp: float, network: str, trained: Path | None, batch_size: int | None, soft: bool
 ) -> dict[str, float]:
     import numpy as np
     import torch
@@ -67,8 +67,9 @@ def measure(
     with open_slide(slide) as opened:
         plan = plan_map(model, opened, find_tissue(opened, settings.tissue), settings.mapping)
         window = plan.tiling.side
+        batch_size = batch_size or plan.seen.batch_size(model.device)
         wanted = np.argwhere(plan.wanted)
-        wanted = wanted[np.linspace(0, len(wanted) - 1, 4 * batch_size).astype(int)]
+        wanted = wanted[np.linspace(0, len(wanted) - 1, max(32, batch_size)).astype(int)]
         tiles = []
         for row, column in wanted:
             box = plan.placement.box(row * plan.tiling.stride, column * plan.tiling.stride, window, window)
@@ -115,7 +116,7 @@ def main() -> None:
     parser.add_argument("--mpp", type=float, default=1.0, help="um per px of the model; the slide has 0.5")
     parser.add_argument("--network", choices=NETWORKS, default="unet")
     parser.add_argument("--model", type=Path, help="a run on the phantom, such as that of tissuehint demo")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int)
     parser.add_argument("--soft", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark_slides"), help="where the slides are kept")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
@@ -135,8 +136,9 @@ def main() -> None:
             write_phantom_slide(path, side, side, seed=0, um_per_px=0.5)
             print(f"{path}: written in {time.perf_counter() - started:.0f} s, {path.stat().st_size / 1e6:.0f} MB")
         line = [sys.executable, __file__, "--measure", "--side", str(side), "--mpp", str(words.mpp)]
-        line += ["--network", words.network, "--batch-size", str(words.batch_size), "--folder", str(words.folder)]
+        line += ["--network", words.network, "--folder", str(words.folder)]
         line += ["--soft"] if words.soft else []
+        line += ["--batch-size", str(words.batch_size)] if words.batch_size else []
         line += ["--model", str(words.model)] if words.model else []
         found = json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         for name, value in found.items():

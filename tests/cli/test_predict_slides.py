@@ -275,12 +275,13 @@ class TestBadInput:
             (["--outline", "nothing.geojson"], ("nothing.geojson",)),
         ],
     )
-    def test_settings_that_are_none(self, predict, scans, words, said):
+    def test_settings_that_do_not_fit_are_told_before_anything_is_written(self, predict, scans, words, said):
         outcome = predict(scans / "a.svs", *words)
         assert outcome.code == 2
         assert "Traceback" not in outcome.err
         for word in said:
             assert word in outcome.err
+        assert not predict.out.exists()
 
     def test_a_folder_with_neither(self, predict, tmp_path):
         (tmp_path / "empty").mkdir()

@@ -73,7 +73,10 @@ def predict(
         bool, typer.Option("--soft", help="Write the class probabilities too: NAME_soft.npz, probabilities.zarr.")
     ] = False,
     overlay: Annotated[bool, typer.Option("--overlay/--no-overlay", help="Write NAME_overlay.jpg of images.")] = True,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows that go through the network at a time.")] = 8,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Windows at a time; default 8 of an image, 1 megapixel of a slide (8 on a GPU)."),
+    ] = None,
     device: Annotated[
         Device, typer.Option(help="Where to compute; auto takes a GPU where there is one.")
     ] = Device.AUTO,
@@ -131,7 +134,7 @@ def predict(
     if um_per_px is not None and not 0.01 <= um_per_px <= 1000:
         raise InputError(f"--um-per-px {um_per_px}", "is not in 0.01..1000", "give micrometres, 0.5 for a 20x scan")
     slides, others = split_words(images)
-    job = Job(out, soft, overlay, batch_size, um_per_px)
+    job = Job(out, soft, overlay, batch_size or 8, um_per_px)
     paths = find_images(others) if others else []
     check_targets(paths, job)
     options = SlideOptions(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ class SlideOptions:
     engine: str
     address: str | None
     actors: int | None
-    batch_size: int
+    batch_size: int | None
     um_per_px: float | None
     quiet: bool
 
@@ -48,7 +47,7 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
         InputError: a folder or pattern with neither.
     """
     from tissuehint.data.records import list_images
-    from tissuehint.slides.cohort import is_slide
+    from tissuehint.slides.cohort import files_of, is_slide
 
     slides: list[str] = []
     images: list[str] = []
@@ -56,22 +55,18 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
         path = Path(word)
         if path.suffix.lower() == ".csv":
             slides.append(word)
-        elif path.is_dir():
-            inside = [str(file) for file in sorted(path.iterdir()) if file.is_file() and is_slide(file)]
-            others = [str(file) for file in list_images(path) if str(file) not in inside]
-            if not inside and not others:
-                raise InputError(word, "holds no image and no slide", "check the path")
-            slides += inside
-            images += others
-        elif not path.exists() and glob.has_magic(word):
-            found = sorted(name for name in glob.glob(word, recursive=True) if Path(name).is_file())  # noqa: PTH207
-            if not found:
-                raise InputError(word, "matches no file", "check the path")
-            inside = [name for name in found if is_slide(Path(name))]
-            slides += inside
-            images += [name for name in found if name not in inside]
-        else:
+            continue
+        files = files_of(word)
+        if files is None:
             (slides if is_slide(path) else images).append(word)
+            continue
+        inside = [file for file in files if is_slide(file)]
+        known = set(list_images(path)) if path.is_dir() else set(files)
+        others = [file for file in files if file in known and file not in inside]
+        if not inside and not others:
+            raise InputError(word, "holds no image and no slide", "check the path")
+        slides += map(str, inside)
+        images += map(str, others)
     return slides, images
 
 
@@ -82,6 +77,7 @@ def predict_slides(model: Path, device: Device, words: Sequence[str], out: Path,
     from tissuehint.model import model_folder
     from tissuehint.report import write_summary
     from tissuehint.slides.cohort import LocalEngine, enter_cohort, failed, find_slides, predict_cohort
+    from tissuehint.slides.mapping import windows_of
     from tissuehint.slides.state import model_facts
 
     jobs = _jobs(find_slides(words, out, um_per_px=options.um_per_px), options)
@@ -89,9 +85,7 @@ def predict_slides(model: Path, device: Device, words: Sequence[str], out: Path,
     folder = model_folder(model)
     loaded = load_model(model, device)
     facts = model_facts(folder, loaded.um_per_px)
-    if loaded.um_per_px is None and config.mapping.um_per_px is None:
-        rule = "does not know at which um per px it was trained"
-        raise InputError(model, rule, "give --model-mpp, such as 0.5 for a 20x scan")
+    windows_of(loaded, config.mapping)  # what does not fit the model is said once, before anything is written
     bar = _bar(options.quiet or options.engine == "ray")
     engine: Engine
     if options.engine == "ray":
@@ -135,6 +129,8 @@ def _jobs(jobs: list[SlideJob], options: SlideOptions) -> list[SlideJob]:
     if len(jobs) != 1:
         rule = f"is for one slide, there are {len(jobs)}"
         raise InputError(f"--outline {options.outline}", rule, "give a CSV table with a column outline")
+    if not options.outline.is_file():
+        raise InputError(f"--outline {options.outline}", "is no file", "check the path")
     return [replace(jobs[0], outline=options.outline)]
 
 

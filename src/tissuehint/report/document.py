@@ -15,11 +15,11 @@ def document(title: str, body: Markup, script: str, *, pictures: str = "data:", 
     Args:
         title: of the window.
         body: all but the footer.
-        script: name of the script that comes with this package; the button for a dark page has its own.
+        script: name of the script that comes with this package; the dark page and the order of tables have their own.
         pictures: where pictures may come from, as in a content security policy.
         footer: what stands below; None says that the page is one file.
     """
-    style, code = packaged("page.css"), packaged("theme.js") + packaged(script)
+    style, code = packaged("page.css"), "".join(map(packaged, ("theme.js", "tables.js", script)))
     # names in user data can never run: no script but this one may
     digest = base64.b64encode(hashlib.sha256(code.encode("utf-8")).digest()).decode("ascii")
     policy = (

@@ -69,6 +69,24 @@ def is_slide(path: Path) -> bool:
         return True  # it is one, and a damaged one
 
 
+def files_of(word: str) -> list[Path] | None:
+    """Files of a folder (not of its subfolders) or of a pattern, sorted; None for what is neither.
+
+    Raises:
+        InputError: a pattern that matches no file.
+    """
+    path = Path(word)
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.is_file())
+    if path.exists() or not glob.has_magic(word):
+        return None
+    names = glob.glob(word, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    found = sorted(file for file in map(Path, names) if file.is_file())
+    if not found:
+        raise InputError(word, "matches no file", "check the path")
+    return found
+
+
 def find_slides(words: Sequence[str], out: Path, *, um_per_px: float | None = None) -> list[SlideJob]:
     """Slides of the words of the command line, in order, each once.
 
@@ -87,13 +105,13 @@ def find_slides(words: Sequence[str], out: Path, *, um_per_px: float | None = No
         path = Path(word)
         if path.suffix.lower() == ".csv":
             jobs += _table(path)
-        elif path.is_dir():
-            jobs += _some(word, [file for file in sorted(path.iterdir()) if file.is_file() and is_slide(file)])
-        elif not path.exists() and glob.has_magic(word):
-            names = glob.glob(word, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
-            jobs += _some(word, [file for file in sorted(map(Path, names)) if file.is_file() and is_slide(file)])
-        else:
-            jobs.append(SlideJob(path, out))
+            continue
+        files = files_of(word)
+        slides = [path] if files is None else [file for file in files if is_slide(file)]
+        if not slides:
+            rule = "holds no slide" if path.is_dir() else "matches no slide"
+            raise InputError(word, rule, f"give slides ({', '.join(SUFFIXES[:4])}, tiled TIFF, ...)")
+        jobs += [SlideJob(file, Path()) for file in slides]
     chosen: dict[str, SlideJob] = {}
     for job in jobs:
         name = job.path.stem
@@ -105,13 +123,6 @@ def find_slides(words: Sequence[str], out: Path, *, um_per_px: float | None = No
             size = um_per_px if job.um_per_px is None else job.um_per_px
             chosen[name.lower()] = replace(job, folder=out / name, um_per_px=size)
     return list(chosen.values())
-
-
-def _some(word: str, paths: list[Path]) -> list[SlideJob]:
-    if not paths:
-        rule = "holds no slide" if Path(word).is_dir() else "matches no slide"
-        raise InputError(word, rule, f"give slides ({', '.join(SUFFIXES[:4])}, tiled TIFF, ...)")
-    return [SlideJob(path, Path()) for path in paths]
 
 
 def _table(path: Path) -> list[SlideJob]:
@@ -155,7 +166,7 @@ class LocalEngine:
         model: on its device.
         model_facts: which one.
         config: of all slides.
-        batch_size: windows at a time.
+        batch_size: windows at a time; None takes what fits their size.
         readers: threads that read ahead.
         progress: for a slide, what is told of its windows.
     """
@@ -166,7 +177,7 @@ class LocalEngine:
         model_facts: dict[str, Any],
         config: SlideConfig,
         *,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         readers: int | None = None,
         progress: Callable[[SlideJob], Progress] | None = None,
     ) -> None:

@@ -33,6 +33,9 @@ CORE = 1536
 #: Windows without a grid in the model.
 WINDOW, OVERLAP = 512, 64
 
+#: Pixels that go through the network at a time, on the CPU and on a GPU: 4 and 32 windows of 512 px.
+BATCH_PIXELS = {"cpu": 2**20, "cuda": 2**23}
+
 CLASSES, PROBABILITIES, JOURNAL, WAITING = "classes.zarr", "probabilities.zarr", "blocks.txt", "waiting"
 
 
@@ -55,19 +58,62 @@ class MappingConfig(BaseModel):
 
 
 @dataclass(frozen=True)
+class Windows:
+    """How a model sees slides, before any slide is opened.
+
+    Args:
+        um_per_px: of the map.
+        side: of a window in the map, px.
+        overlap: of windows, px.
+        network_side: side at which the network sees a window, px.
+    """
+
+    um_per_px: float
+    side: int
+    overlap: int
+    network_side: int
+
+    def batch_size(self, device: torch.device) -> int:
+        """As many windows as make ``BATCH_PIXELS``, one at least: what a network needs grows with its pixels."""
+        return max(1, BATCH_PIXELS.get(device.type, BATCH_PIXELS["cpu"]) // self.network_side**2)
+
+
+def windows_of(model: TissueModel, config: MappingConfig) -> Windows:
+    """Windows of a model where the configuration names none.
+
+    Raises:
+        InputError: a model that does not know its pixel size, an overlap that leaves no stride.
+    """
+    um_per_px = config.um_per_px or model.um_per_px
+    if um_per_px is None:
+        rule = "does not know at which um per px it was trained"
+        raise InputError("model", rule, "give --model-mpp, such as 0.5 for a 20x scan")
+    grid, overlap = model.grid, config.overlap
+    side = config.window or (WINDOW if grid is None else grid.side)
+    if overlap is None:
+        overlap = min(OVERLAP, side // 2) if grid is None else min(grid.side - grid.stride, side - 1)
+    if overlap >= side:
+        raise InputError(f"--overlap {overlap}", f"leaves no step between windows of {side} px", "take less than half")
+    network_side = side
+    if grid is not None and grid.resize is not None:
+        network_side = round(side * grid.resize / grid.side)
+    return Windows(um_per_px, side, overlap, network_side)
+
+
+@dataclass(frozen=True)
 class Plan:
     """Where the map of a slide lies, and how it is cut up.
 
     Args:
         placement: of the map on the slide.
         tiling: windows and blocks.
-        network_side: side at which the network sees a window, px.
+        seen: how the model sees them.
         wanted: (rows, columns) bool, windows that see tissue.
     """
 
     placement: Placement
     tiling: Tiling
-    network_side: int
+    seen: Windows
     wanted: NDArray[np.bool_]
 
     @property
@@ -85,35 +131,22 @@ def plan_map(model: TissueModel, slide: Slide, tissue: Tissue, config: MappingCo
     Raises:
         InputError: a slide or a model that does not know its pixel size, an overlap that leaves no stride.
     """
-    wanted_size = config.um_per_px or model.um_per_px
-    if wanted_size is None:
-        rule = "does not know at which um per px it was trained"
-        raise InputError("model", rule, "give --model-mpp, such as 0.5 for a 20x scan")
-    placement, bounds = slide.placement(wanted_size), slide.bounds
-    scale = placement.scale
-    grid = model.grid
-    side = config.window or (WINDOW if grid is None else grid.side)
-    overlap = config.overlap
-    if overlap is None:
-        overlap = min(OVERLAP, side // 2) if grid is None else min(grid.side - grid.stride, side - 1)
-    if overlap >= side:
-        raise InputError(f"--overlap {overlap}", f"leaves no step between windows of {side} px", "take less than half")
-    network_side = side
-    if grid is not None and grid.resize is not None:
-        network_side = round(side * grid.resize / grid.side)
-    stride = side - overlap
+    seen = windows_of(model, config)
+    placement, bounds = slide.placement(seen.um_per_px), slide.bounds
+    scale, side = placement.scale, seen.side
+    stride = side - seen.overlap
     tiling = Tiling(
         height=max(1, round(bounds.height / scale)),
         width=max(1, round(bounds.width / scale)),
         side=side,
         stride=stride,
-        block=-(-max(CORE, overlap) // stride),
+        block=-(-max(CORE, seen.overlap) // stride),
     )
     tops, lefts = tiling.corners()
     rows, columns = placement.to_slide(tops.astype(float), lefts.astype(float))
     length = side * scale
     shares = tissue.shares(rows[:, None], columns[None, :], length, length)
-    return Plan(placement, tiling, network_side, shares > 0)
+    return Plan(placement, tiling, seen, shares > 0)
 
 
 class Mapper:
@@ -126,7 +159,7 @@ class Mapper:
         plan: what to compute.
         folder: of the work in progress; what an earlier run of the same plan left there is kept.
         probabilities: write ``probabilities.zarr`` too.
-        batch_size: windows at a time.
+        batch_size: windows at a time; None takes as many as ``Windows.batch_size`` says.
         readers: threads that read ahead; None takes as many as there are cores, 8 at most.
     """
 
@@ -139,11 +172,11 @@ class Mapper:
         folder: Path,
         *,
         probabilities: bool = False,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         readers: int | None = None,
     ) -> None:
         self.model, self.slide, self.tissue, self.plan, self.folder = model, slide, tissue, plan, folder
-        self.batch_size = batch_size
+        self.batch_size = batch_size or plan.seen.batch_size(model.device)
         self.readers = readers or min(8, os.cpu_count() or 1)
         self.waiting = Waiting(folder / WAITING)
         tiling, labels = plan.tiling, model.labels
@@ -225,7 +258,7 @@ class Mapper:
         side, device = self.plan.tiling.side, self.model.device
         cuts = np.stack([picture[top : top + side, left : left + side] for top, left in corners])
         images = torch.from_numpy(cuts).to(device).movedim(-1, 1).float() / 255
-        maps = self.model.mapper(resize_image(images, self.plan.network_side)).float()
+        maps = self.model.mapper(resize_image(images, self.plan.seen.network_side)).float()
         if maps.shape[-1] != side:
             maps = F.interpolate(maps, (side, side), mode="bilinear", align_corners=False)
         return maps

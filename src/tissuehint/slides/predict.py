@@ -95,7 +95,7 @@ def predict_slide(
     job: SlideJob,
     config: SlideConfig,
     *,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     readers: int | None = None,
     progress: Progress | None = None,
 ) -> SlideState:
@@ -109,7 +109,7 @@ def predict_slide(
         model_facts: which model it is (``state.model_facts``).
         job: the slide.
         config: what decides the result.
-        batch_size: windows at a time.
+        batch_size: windows at a time; None takes what fits their size.
         readers: threads that read ahead.
         progress: told after each step.
 
@@ -159,7 +159,7 @@ class _Prediction:
         self.model, self.slide, self.job, self.config, self.state = model, slide, job, config, state
         self.folder = job.folder
 
-    def run(self, batch_size: int, readers: int | None, progress: Progress | None) -> None:
+    def run(self, batch_size: int | None, readers: int | None, progress: Progress | None) -> None:
         slide = self.slide
         self.state.slide |= {
             "sha256": file_hash(self.job.path),

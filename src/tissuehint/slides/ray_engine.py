@@ -30,7 +30,7 @@ class RayEngine:
         actors: how many at a time; None takes one a GPU of the cluster, or one a node without GPUs.
         gpus: of an actor; None takes 1 where the cluster has any.
         cpus: of an actor.
-        batch_size: windows at a time.
+        batch_size: windows at a time; None takes what fits their size.
         readers: threads that read ahead, for each actor.
     """
 
@@ -44,7 +44,7 @@ class RayEngine:
         actors: int | None = None,
         gpus: float | None = None,
         cpus: float = 1,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         readers: int | None = None,
     ) -> None:
         self.ray = _ray()
@@ -96,7 +96,7 @@ class SlideActor:
         model: str,
         model_facts: dict[str, Any],
         config: SlideConfig,
-        batch_size: int,
+        batch_size: int | None,
         readers: int | None,
         on_gpu: bool,
     ) -> None:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from rasterio import features
 
 from tests.slides.export.maps import LABELS, blobs
-from tissuehint.errors import InputError
+from tissuehint.data.qupath import read_annotations
 from tissuehint.labels import LabelSpace
 from tissuehint.slides.coordinates import Placement
-from tissuehint.slides.export.geojson import read_geojson, write_geojson
+from tissuehint.slides.export.geojson import write_geojson
 from tissuehint.slides.export.polygons import TissuePolygon, tissue_polygons
 
 PLACEMENT = Placement(um_per_px=1.0, scale=2.0040161, top=101.25, left=17.3)
@@ -29,6 +29,13 @@ def features_of(path: Path) -> list[dict]:
     content = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
     assert content["type"] == "FeatureCollection"
     return content["features"]
+
+
+def objects_of(path: Path, corner: tuple[float, float] = (0.0, 0.0)):
+    """Geometries on level 0 of the slide and class names, as ``data tile`` reads them."""
+    for annotation in read_annotations(path):
+        geometry = shapely.from_geojson(json.dumps(annotation.geometry))
+        yield shapely.transform(geometry, lambda points: points + corner[::-1]), annotation.label
 
 
 class TestWrite:
@@ -77,7 +84,7 @@ class TestWrite:
         )
         assert thin.geometry.is_valid
         write_geojson(tmp_path / "a.geojson", [thin, SQUARE], LABELS, Placement(1.0, 0.004))
-        ((first, _), (second, _)) = read_geojson(tmp_path / "a.geojson")
+        ((first, _), (second, _)) = objects_of(tmp_path / "a.geojson")
         assert first.is_valid
         assert second.is_valid
         assert first.area == pytest.approx(thin.geometry.area * 0.004**2, rel=0.01)
@@ -98,13 +105,13 @@ class TestWrite:
     def test_no_polygons_are_a_file_too(self, tmp_path):
         assert write_geojson(tmp_path / "a.geojson.gz", [], LABELS, PLACEMENT) == 0
         assert features_of(tmp_path / "a.geojson.gz") == []
-        assert list(read_geojson(tmp_path / "a.geojson.gz")) == []
+        assert list(objects_of(tmp_path / "a.geojson.gz")) == []
 
     def test_other_letters_are_written_in_ascii(self, tmp_path):
         labels = LabelSpace(('Drüse "A"', "間質"))
         write_geojson(tmp_path / "a.geojson", [SQUARE], labels, PLACEMENT)
         assert (tmp_path / "a.geojson").read_bytes().isascii()
-        ((_, name),) = read_geojson(tmp_path / "a.geojson")
+        ((_, name),) = objects_of(tmp_path / "a.geojson")
         assert name == "間質"
 
     def test_polygons_are_taken_one_by_one(self, tmp_path):
@@ -132,7 +139,7 @@ class TestWrite:
         assert list(tmp_path.iterdir()) == []
 
 
-class TestRead:
+class TestReadBack:
     @given(
         st.integers(0, 5),
         st.floats(0.3, 8),
@@ -145,7 +152,7 @@ class TestRead:
         placement, path = Placement(1.0, scale, *start), tmp_path_factory.mktemp("geojson") / "tissue.geojson.gz"
         write_geojson(path, tissue_polygons(values, LABELS, tolerance=0, min_area=0), LABELS, placement, corner=corner)
         shapes = []
-        for geometry, name in read_geojson(path, corner=corner):
+        for geometry, name in objects_of(path, corner=corner):
             assert geometry.is_valid
 
             def on_map(points: np.ndarray) -> np.ndarray:
@@ -155,54 +162,3 @@ class TestRead:
             shapes.append((shapely.transform(geometry, on_map), LABELS.index(name)))
         painted = features.rasterize(shapes, values.shape, fill=255, dtype=np.uint8)
         assert (painted == np.where(values < 3, values, 255)).all()
-
-    def test_what_qupath_exports(self, tmp_path):
-        point = {"type": "Point", "coordinates": [3.5, 4.5]}
-        square = {"type": "Polygon", "coordinates": [[[0, 0], [2, 0], [2, 2], [0, 2], [0, 0]]]}
-        found = [
-            {
-                "type": "Feature",
-                "geometry": square,
-                "properties": {"classification": {"name": "Tumour", "colorRGB": 1}},
-            },
-            {"type": "Feature", "geometry": point, "properties": {"classification": {"names": ["Tumour", "positive"]}}},
-            {"type": "Feature", "geometry": square, "properties": {"objectType": "annotation"}},
-            {"type": "Feature", "geometry": None},
-            {"type": "Feature", "geometry": {"type": "MultiPolygon", "coordinates": [square["coordinates"]]}},
-        ]
-        path = tmp_path / "qupath.geojson"
-        for content in (found, {"type": "FeatureCollection", "features": found}):
-            path.write_text(json.dumps(content), encoding="utf-8-sig")
-            objects = list(read_geojson(path, corner=(100.0, 10.0)))
-            assert [name for _, name in objects] == ["Tumour", "Tumour: positive", None, None]
-            assert objects[0][0].equals(shapely.box(10, 100, 12, 102))
-            assert objects[1][0].equals(shapely.Point(13.5, 104.5))
-            assert objects[3][0].geom_type == "MultiPolygon"
-        path.write_text(json.dumps(found[0]))
-        assert len(list(read_geojson(path))) == 1
-
-    @pytest.mark.parametrize(
-        ("content", "message"),
-        [
-            (b"{", "is no GeoJSON"),
-            (b"\xff\xfe", "is no GeoJSON"),
-            (b"[" * 100_000, "is no GeoJSON"),
-            (b"3", "is no FeatureCollection, list of features or feature"),
-            (b'{"type": "FeatureCollection"}', "is no FeatureCollection"),
-            (gzip.compress(b'{"type": "FeatureCollection", "features": []}' * 9, mtime=0)[:-12], "cannot be read"),
-            (b"\x1f\x8b\x08\x00broken", "cannot be read"),
-            (gzip.compress(b"[]" * 99, mtime=0)[:12] + b"broken" * 9, "cannot be read"),
-            (b'[{"geometry": {"type": "Polygon", "coordinates": [[[0, 0], [1]]]}}]', "feature 1: has a geometry"),
-            (b'[{"geometry": {"type": "Circle"}}]', "feature 1: has a geometry"),
-        ],
-    )
-    def test_bad_files_are_named(self, tmp_path, content, message):
-        path = tmp_path / "bad.geojson"
-        path.write_bytes(content)
-        with pytest.raises(InputError, match=message) as caught:
-            list(read_geojson(path))
-        assert str(path) in str(caught.value)
-
-    def test_a_missing_file_is_named(self, tmp_path):
-        with pytest.raises(InputError, match=r"none\.geojson: cannot be read \(No such file"):
-            list(read_geojson(tmp_path / "none.geojson"))

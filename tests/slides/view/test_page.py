@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 
+from tests.browser import chromium, needs_chromium
 from tests.slides.view.predicted import (
     GROUND,
     HEIGHT,
@@ -26,19 +26,8 @@ from tests.slides.view.predicted import (
     write_slide,
 )
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
+pytestmark = needs_chromium
 
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 NAME = "case 7 (left) & <b>100% #1?"
 OPACITY = 0.45  # at the start
 
@@ -78,10 +67,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as tool:
-        browser = tool.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Polygons as GeoJSON that QuPath opens, and the objects of such a file back again.
+"""Polygons as GeoJSON that QuPath opens; ``tissuehint.data.qupath`` reads such files.
 
 QuPath measures x to the right and y down, in pixels of level 0, from the corner of the slide's bounds. It reads
 ``objectType``, ``classification`` (name and colour), ``measurements`` as an object of numbers and ``isLocked`` from
@@ -11,17 +11,14 @@ import gzip
 import hashlib
 import json
 import uuid
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 import numpy as np
 import shapely
-from shapely.geometry.base import BaseGeometry
 
-from tissuehint.errors import InputError
 from tissuehint.files import atomic_path
 from tissuehint.labels import LabelSpace
 from tissuehint.slides.coordinates import Placement
@@ -30,7 +27,6 @@ from tissuehint.slides.export.polygons import TissuePolygon
 DECIMALS, MORE_DECIMALS = 2, 6  # of a level-0 pixel
 AREA = "area mm2"
 PART = 10_000  # vertices that are text at a time
-GZIP_MAGIC = b"\x1f\x8b"
 
 
 def write_geojson(
@@ -69,34 +65,6 @@ def write_geojson(
                 file.write(part.encode("ascii"))
         file.write(b"\n]}\n")
     return count
-
-
-def read_geojson(path: Path, *, corner: tuple[float, float] = (0.0, 0.0)) -> Iterator[tuple[BaseGeometry, str | None]]:
-    """Objects of a GeoJSON file, as ``write_geojson`` or QuPath writes it.
-
-    Read are a FeatureCollection, a list of features and a single feature, plain or gzip; features without a geometry
-    are skipped. The file is read whole.
-
-    Args:
-        path: the file.
-        corner: (top, left) from where the file measures, in level-0 pixels.
-
-    Yields:
-        Geometry (x = column, y = row) in level-0 pixels of the slide, and the name of its class, None without one.
-
-    Raises:
-        InputError: the file cannot be read, or is not such a file.
-    """
-    for number, feature in enumerate(_features(path), 1):
-        outline = feature.get("geometry") if isinstance(feature, dict) else None
-        if outline is None:
-            continue
-        try:
-            geometry = shapely.from_geojson(json.dumps(outline))
-        except shapely.GEOSException as error:
-            rule = f"has a geometry that cannot be read ({error})"
-            raise InputError(f"{path}, feature {number}", rule, "export the objects again") from None
-        yield shapely.transform(geometry, lambda points: points + corner[::-1]), _class_name(feature)
 
 
 @contextmanager
@@ -154,32 +122,3 @@ def _on_slide(polygon: shapely.Polygon, placement: Placement, corner: tuple[floa
         if rounded.is_valid:
             break
     return shapely.orient_polygons(rounded)
-
-
-def _features(path: Path) -> list[Any]:
-    fix = "export objects as GeoJSON from QuPath"
-    try:
-        data = path.read_bytes()
-        content = json.loads((gzip.decompress(data) if data.startswith(GZIP_MAGIC) else data).decode("utf-8-sig"))
-    except (OSError, EOFError, zlib.error) as error:  # the last two: gzip that was cut off or changed
-        raise InputError(
-            path, f"cannot be read ({getattr(error, 'strerror', None) or error})", "check the file"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(path, f"is no GeoJSON ({error})", fix) from None
-    if isinstance(content, dict):
-        content = content.get("features") if content.get("type") == "FeatureCollection" else [content]
-    if not isinstance(content, list):
-        raise InputError(path, "is no FeatureCollection, list of features or feature", fix)
-    return content
-
-
-def _class_name(feature: dict[str, Any]) -> str | None:
-    properties = feature.get("properties")
-    classification = properties.get("classification") if isinstance(properties, dict) else None
-    if not isinstance(classification, dict):
-        return None
-    # QuPath has written the parts of a name like "Tumour: positive" as a list
-    parts = classification.get("names")
-    name = classification.get("name") or (": ".join(map(str, parts)) if isinstance(parts, list) else None)
-    return None if name is None else str(name)
