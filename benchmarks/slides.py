@@ -1,8 +1,9 @@
 """Whole slides: throughput against the bare network on the same tiles in memory, and peak memory at two sizes.
 
-    uv run tissuehint demo
-    OMP_NUM_THREADS=2 uv run python benchmarks/slides.py --side 20000 --mpp 1.0 --model runs/cam-phantom
-    OMP_NUM_THREADS=2 uv run python benchmarks/slides.py --side 20000 40000 --mpp 1.0 --network tiny
+    uv run tissuehint run cam/phantom --out runs/unet-phantom -o stage2.network.architecture=unet -o stage2.crop=null \
+        -o stage2.network.encoder.name=mobilenetv2_100 -o "stage2.network.decoder={}" -o stage2.steps=200
+    OMP_NUM_THREADS=2 uv run python benchmarks/slides.py --side 20000 40000 --model runs/unet-phantom
+    OMP_NUM_THREADS=2 uv run python benchmarks/slides.py --side 20000 --slide-mpp 0.5 --model runs/cam-phantom
 
 Without ``--model`` weights are random, and so is the class map: noise, whose polygons take far longer than those of
 tissue.
@@ -113,7 +114,8 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, nargs="+", default=[20000])
-    parser.add_argument("--mpp", type=float, default=1.0, help="um per px of the model; the slide has 0.5")
+    parser.add_argument("--mpp", type=float, default=1.0, help="um per px at which the model sees the slide")
+    parser.add_argument("--slide-mpp", type=float, default=1.0, help="um per px of the slide")
     parser.add_argument("--network", choices=NETWORKS, default="unet")
     parser.add_argument("--model", type=Path, help="a run on the phantom, such as that of tissuehint demo")
     parser.add_argument("--batch-size", type=int)
@@ -123,19 +125,29 @@ def main() -> None:
     words = parser.parse_args()
     if words.measure:
         (side,) = words.side
-        path = words.folder / f"phantom_{side}.svs"
+        path = words.folder / f"phantom_{side}_{words.slide_mpp}um.svs"
         print(json.dumps(measure(path, side, words.mpp, words.network, words.model, words.batch_size, words.soft)))
         return
     from tissuehint.data.phantom_slide import write_phantom_slide
 
     words.folder.mkdir(parents=True, exist_ok=True)
     for side in words.side:
-        path = words.folder / f"phantom_{side}.svs"
+        path = words.folder / f"phantom_{side}_{words.slide_mpp}um.svs"
         if not path.is_file():
             started = time.perf_counter()
-            write_phantom_slide(path, side, side, seed=0, um_per_px=0.5)
+            write_phantom_slide(path, side, side, seed=0, um_per_px=words.slide_mpp)
             print(f"{path}: written in {time.perf_counter() - started:.0f} s, {path.stat().st_size / 1e6:.0f} MB")
-        line = [sys.executable, __file__, "--measure", "--side", str(side), "--mpp", str(words.mpp)]
+        line = [
+            sys.executable,
+            __file__,
+            "--measure",
+            "--side",
+            str(side),
+            "--mpp",
+            str(words.mpp),
+            "--slide-mpp",
+            str(words.slide_mpp),
+        ]
         line += ["--network", words.network, "--folder", str(words.folder)]
         line += ["--soft"] if words.soft else []
         line += ["--batch-size", str(words.batch_size)] if words.batch_size else []

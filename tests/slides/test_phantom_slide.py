@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tissuehint.data import phantom_slide
-from tissuehint.data.phantom_slide import SlideTissue, write_phantom_slide
+from tissuehint.data.phantom_slide import write_phantom_slide
+from tissuehint.data.phantom_slide_tissue import SlideTissue
 from tissuehint.data.phantom_tissue import PHANTOM_LABELS
 from tissuehint.errors import InputError
 

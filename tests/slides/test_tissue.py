@@ -12,7 +12,8 @@ from scipy import ndimage
 from shapely.geometry import shape
 
 from tissuehint.data import phantom_slide
-from tissuehint.data.phantom_slide import SlideTissue, write_phantom_slide
+from tissuehint.data.phantom_slide import write_phantom_slide
+from tissuehint.data.phantom_slide_tissue import SlideTissue
 from tissuehint.data.phantom_tissue import WHITE
 from tissuehint.errors import InputError
 from tissuehint.slides import tissue as tissue_module

@@ -14,6 +14,7 @@ from tissuehint.nn.attention import REDUCTION
 from tissuehint.nn.config import EncoderConfig
 from tissuehint.nn.encoders import build_encoder, check_side, pad_to_multiple
 from tissuehint.nn.pyramid_pooling import SCALES, Fusion, PoolingName, PyramidFusionPooling, check_scales, weighted_maps
+from tissuehint.nn.receptive_field import cell_centres, moved
 from tissuehint.nn.stage_attention import AttentionName, StageAttention
 
 
@@ -54,6 +55,8 @@ class ClassMapSettings(BaseModel):
         levels: how many of the coarsest pyramid levels are concatenated before the classifier (OEEM: 3), at the
             resolution of the finest of them.
         dropout: on the features, before the classifier.
+        centred: bring the cells of every level to the middle of the pixels that they stand for; those of most CNNs lie
+            up to half a cell below and to the right of it (``nn.receptive_field``). Published codes do not.
         attention: behind stages of the encoder: ``none``, ``criss_cross``, ``criss_cross_twice``, or
             ``consistency_correlation`` (criss-cross, position, criss-cross; Feng et al. 2025).
         attention_levels: the levels of the encoder's pyramid that attention stands behind, -1 is the coarsest; the
@@ -72,6 +75,7 @@ class ClassMapSettings(BaseModel):
     encoder: EncoderConfig = EncoderConfig()
     levels: int = Field(default=1, ge=1, le=4)
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    centred: bool = False
     attention: AttentionName = "none"
     attention_levels: tuple[int, ...] = (-3, -2, -1)
     attention_reduction: int = Field(default=REDUCTION, ge=1)
@@ -113,6 +117,10 @@ class ClassMapNetwork(nn.Module):
         super().__init__()
         self.encoder = build_encoder(config.encoder)
         self.levels = min(config.levels, len(self.encoder.channels))
+        self._moves = (0.0,) * self.levels  # of each level, in its cells
+        if config.centred:
+            pairs = zip(cell_centres(self.encoder), self.encoder.strides, strict=True)
+            self._moves = tuple(0.5 - centre / stride for centre, stride in pairs)[-self.levels :]
         self.dropout = nn.Dropout2d(config.dropout)
         self.classifier = nn.Conv2d(sum(self.encoder.channels[-self.levels :]), num_tissue, 1, bias=False)
         self.pooling: PyramidFusionPooling | None = None
@@ -154,6 +162,7 @@ class ClassMapNetwork(nn.Module):
         height, width = images.shape[-2:]
         check_side(height, width)
         features = self.encoder(pad_to_multiple(images, self.encoder.multiple))[-self.levels :]
+        features = [moved(each, cells) if cells else each for each, cells in zip(features, self._moves, strict=True)]
         size = features[0].shape[-2:]
         level = [features[0]] + [
             F.interpolate(feature, size, mode="bilinear", align_corners=False) for feature in features[1:]

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -222,10 +223,13 @@ class _Prediction:
     def _export(self, classes: Any, plan: Plan, thumbnail: Any) -> None:
         labels, placement, folder = self.model.labels, plan.placement, self.folder
         polygons = self.config.polygons
+        # compressing the pyramid leaves the interpreter to the polygons
+        with ThreadPoolExecutor(1) as beside:
+            pyramid = beside.submit(write_ome_tiff, folder / CLASSES_FILE, classes, labels, placement)
+            shapes = tissue_polygons(classes, labels, tolerance=polygons.tolerance, min_area=polygons.min_area)
+            write_geojson(folder / POLYGONS_FILE, shapes, labels, placement, corner=self.slide.corner(polygons.origin))
+            pyramid.result()
         rows = area_rows(classes, labels, placement.um_per_px)
-        write_ome_tiff(folder / CLASSES_FILE, classes, labels, placement)
-        shapes = tissue_polygons(classes, labels, tolerance=polygons.tolerance, min_area=polygons.min_area)
-        write_geojson(folder / POLYGONS_FILE, shapes, labels, placement, corner=self.slide.corner(polygons.origin))
         write_areas(folder / AREAS_FILE, rows)
         write_overlay(folder / OVERLAY_FILE, thumbnail, classes, labels, placement, self.slide.shape, areas=rows)
         self.state.areas = [

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tests.slides.export.maps import LABELS, Watched, maps
 from tissuehint.labels import LabelSpace
-from tissuehint.slides.export.areas import area_rows, windows, write_areas
+from tissuehint.slides.export.areas import area_rows, write_areas
+from tissuehint.slides.export.class_map import windows
 
 
 @given(

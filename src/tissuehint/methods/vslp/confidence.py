@@ -49,7 +49,9 @@ class Confidence(nn.Module):
         if config.network is not None:
             self.network = build_network(config.network, classes)
         else:
-            settings = ClassMapSettings(encoder=config.encoder, levels=config.levels, dropout=config.dropout)
+            settings = ClassMapSettings(
+                encoder=config.encoder, levels=config.levels, dropout=config.dropout, centred=config.centred
+            )
             self.network = ClassMapNetwork(settings, classes)
 
     @property

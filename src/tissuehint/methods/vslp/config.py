@@ -46,6 +46,8 @@ class ConfidenceConfig(BaseModel):
         encoder: of tokens and tiles; any timm or transformers backbone.
         levels: how many of the coarsest pyramid levels are concatenated, at the resolution of the finest of them.
         dropout: on the features.
+        centred: bring tokens to the middle of the pixels that they stand for (``nn.receptive_field``); those of most
+            CNNs lie up to half a token below and to the right of it. Nothing changes for Swin and ViT.
         tiles: size, where ``cells`` is ``tiles``.
         network: where ``cells`` is ``pixels``.
     """
@@ -56,6 +58,7 @@ class ConfidenceConfig(BaseModel):
     encoder: EncoderConfig = Field(default_factory=lambda: EncoderConfig(name="swin_tiny_patch4_window7_224"))
     levels: int = Field(default=1, ge=1, le=4)
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    centred: bool = True
     tiles: TileConfig = TileConfig()
     network: NetworkConfig | None = None
 

@@ -1,33 +1,20 @@
-"""Areas of the classes of a mapped slide, and how a map that does not fit in memory is gone through."""
+"""Areas of the classes of a mapped slide."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from tissuehint.files import write_text
 from tissuehint.labels import LabelSpace
+from tissuehint.slides.export.class_map import ClassMap, windows
 
 COLUMNS = ("class", "pixels", "mm2", "percent_of_tissue")
-WINDOW = 2048  # px; a window of it and its 64-bit counts stay below 50 MB
-
-
-class ClassMap(Protocol):
-    """(H,W) uint8 class indices: a zarr array, or a numpy array."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(H, W)."""
-        ...
-
-    def __getitem__(self, key: Any, /) -> Any:
-        """Pixels as a numpy array, by a pair of slices."""
-        ...
 
 
 class AreaRow(NamedTuple):
@@ -44,19 +31,6 @@ class AreaRow(NamedTuple):
     pixels: int
     mm2: float
     percent: float | None
-
-
-def windows(classes: ClassMap, side: int = WINDOW) -> Iterator[tuple[slice, slice]]:
-    """Windows (rows, columns) that cover a map once, row by row, at most ``side`` px wide and high.
-
-    Where the map has chunks that are not larger, windows are made of whole ones, so that each is decoded once.
-    """
-    chunks = getattr(classes, "chunks", None) or (1, 1)
-    height, width = classes.shape
-    down, across = (max(1, side // chunk) * min(side, chunk) for chunk in chunks)
-    for top in range(0, height, down):
-        for left in range(0, width, across):
-            yield slice(top, min(top + down, height)), slice(left, min(left + across, width))
 
 
 def area_rows(classes: ClassMap, labels: LabelSpace, um_per_px: float) -> list[AreaRow]:

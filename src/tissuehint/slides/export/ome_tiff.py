@@ -26,7 +26,7 @@ from tissuehint.errors import InputError
 from tissuehint.files import atomic_path
 from tissuehint.labels import LabelSpace
 from tissuehint.slides.coordinates import Placement
-from tissuehint.slides.export.areas import ClassMap
+from tissuehint.slides.export.class_map import ClassMap
 
 TILE = 512
 COMPRESSION = "zlib"  # every reader has it

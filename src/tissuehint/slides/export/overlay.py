@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tissuehint.files import atomic_path
 from tissuehint.labels import LabelSpace
 from tissuehint.slides.coordinates import Placement
-from tissuehint.slides.export.areas import AreaRow, ClassMap, area_rows
+from tissuehint.slides.export.areas import AreaRow, area_rows
+from tissuehint.slides.export.class_map import ClassMap
 
 OPACITY = 0.5
 TISSUE_GREY = 180  # of stained tissue

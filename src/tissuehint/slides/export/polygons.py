@@ -21,7 +21,7 @@ from skimage.measure import label
 
 from tissuehint.errors import InputError
 from tissuehint.labels import IGNORE, LabelSpace
-from tissuehint.slides.export.areas import ClassMap, windows
+from tissuehint.slides.export.class_map import ClassMap, windows
 
 BLOCK = 2048  # map px
 TOLERANCE = 1.5  # map px; takes most steps out of slanted outlines, and 0.2 % of the pixels change class
