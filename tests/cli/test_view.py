@@ -13,8 +13,11 @@ from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import pytest
+import tifffile
+import zarr
 
 from tests.slides.view.predicted import write_map, write_slide
+from tissuehint.data.phantom_slide import write_phantom_slide
 
 
 @pytest.fixture
@@ -67,6 +70,34 @@ def test_serves_until_interrupted(maps):
         assert lines[1].startswith("one and 1 more: shown as thumbnail")
         assert lines[1].endswith(f"--slides {maps.parent / 'slides'}")
         assert lines[2:] == ["Ctrl-C ends the viewer.", "The viewer has ended."]
+
+
+def test_shows_what_predict_wrote(command, tiny_run, tmp_path):
+    """One command after the other: classes, probabilities and areas are those of the files."""
+    scan, out = tmp_path / "scans" / "a.svs", tmp_path / "maps"
+    scan.parent.mkdir()
+    write_phantom_slide(scan, 400, 520, seed=0, um_per_px=0.5, blank=0.2)
+    assert command("predict", tiny_run, scan, "--soft", "--out", out, "--quiet").code == 0
+    record = json.loads((out / "a" / "slide.json").read_text())
+    classes, placement = tifffile.imread(out / "a" / "classes.ome.tif"), record["map"]
+    shares = zarr.open_array(str(out / "a" / "probabilities.zarr"), mode="r")
+    with viewing(out, "--slides", scan.parent, "--no-browser", "--quiet") as (_, address):
+        (listed,) = json.loads(ask(address, "/api/slides")[1])["slides"]
+        assert (listed["key"], listed["state"]) == ("a", "done")
+        assert json.loads(ask(address, "/api/slides/a")[1])["pixels"] == "slide"
+        areas = {row["class"]: pytest.approx(row["mm2"], rel=1e-3) for row in record["areas"]}
+        assert {row["name"]: row["mm2"] for row in listed["classes"]} == areas
+        for row, column in ((10, 10), (200, 300), (150, 77)):
+            y = placement["top"] + (row + 0.5) * placement["scale"]
+            x = placement["left"] + (column + 0.5) * placement["scale"]
+            found = json.loads(ask(address, f"/api/slides/a/at?x={x}&y={y}")[1])
+            assert found["class"] == (None if classes[row, column] == 255 else classes[row, column])
+            if found["class"] is not None:
+                assert found["probabilities"] == pytest.approx(
+                    [share / 255 for share in shares[:, row, column]], abs=0.01
+                )
+        for picture in ("/slides/a/slide/9/0_0.jpg", "/slides/a/classes/9/0_0.png", "/slides/a/overlay.jpg"):
+            assert ask(address, picture)[0] == 200, picture
 
 
 def test_quiet_with_slides_and_port(maps):
