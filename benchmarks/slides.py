@@ -1,9 +1,10 @@
 """Whole slides: throughput against the bare network on the same tiles in memory, and peak memory at two sizes.
 
     uv run tissuehint run cam/phantom --out runs/unet-phantom -o stage2.network.architecture=unet -o stage2.crop=null \
-        -o stage2.network.encoder.name=mobilenetv2_100 -o "stage2.network.decoder={}" -o stage2.steps=200
+        -o stage2.network.encoder.name=mobilenetv2_100 \
+        -o "stage2.network.decoder.decoder_channels=[256,128,64,32,16]" -o stage2.steps=200
     OMP_NUM_THREADS=2 uv run python benchmarks/slides.py --side 20000 40000 --model runs/unet-phantom
-    OMP_NUM_THREADS=2 uv run python benchmarks/slides.py --side 20000 --slide-mpp 0.5 --model runs/cam-phantom
+    OMP_NUM_THREADS=2 uv run python benchmarks/slides.py --side 20000 --mpp 1.0 --model runs/cam-phantom
 
 Without ``--model`` weights are random, and so is the class map: noise, whose polygons take far longer than those of
 tissue.
@@ -114,8 +115,8 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, nargs="+", default=[20000])
-    parser.add_argument("--mpp", type=float, default=1.0, help="um per px at which the model sees the slide")
-    parser.add_argument("--slide-mpp", type=float, default=1.0, help="um per px of the slide")
+    parser.add_argument("--mpp", type=float, default=0.5, help="um per px at which the model sees the slide")
+    parser.add_argument("--slide-mpp", type=float, default=0.5, help="um per px of the slide")
     parser.add_argument("--network", choices=NETWORKS, default="unet")
     parser.add_argument("--model", type=Path, help="a run on the phantom, such as that of tissuehint demo")
     parser.add_argument("--batch-size", type=int)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from zarr.codecs import ZstdCodec
 from tissuehint.data.patches import resize_image
 from tissuehint.errors import InputError
 from tissuehint.model import TissueModel
+from tissuehint.slides.ahead import ahead
 from tissuehint.slides.coordinates import Placement
 from tissuehint.slides.reader import Slide
 from tissuehint.slides.stitch import BlockSum, Waiting
@@ -207,7 +207,7 @@ class Mapper:
         tell(sum(len(self._windows(*block)) for block in done))
         todo = [block for block in self.plan.tiling.blocks() if block not in done]
         with ThreadPoolExecutor(self.readers) as pool:
-            for (row, column), picture in _ahead(pool, todo, self._read, self.readers + 1):
+            for (row, column), picture in ahead(pool, todo, self._read, self.readers + 1):
                 self._block(row, column, picture, tell)
         return self.classes
 
@@ -314,24 +314,6 @@ def _likeliest(shares: torch.Tensor) -> torch.Tensor:
         classes.masked_fill_(better, label)
         torch.maximum(best, shares[label], out=best)
     return classes
-
-
-def _ahead(
-    pool: ThreadPoolExecutor,
-    items: Iterable[tuple[int, int]],
-    read: Callable[[tuple[int, int]], NDArray[np.uint8] | None],
-    depth: int,
-) -> Iterator[tuple[tuple[int, int], NDArray[np.uint8] | None]]:
-    """Items in order with what was read for them, ``depth`` of them read ahead."""
-    waiting: deque[tuple[tuple[int, int], Future[NDArray[np.uint8] | None]]] = deque()
-    for item in items:
-        waiting.append((item, pool.submit(read, item)))
-        if len(waiting) > depth:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    while waiting:
-        first, future = waiting.popleft()
-        yield first, future.result()
 
 
 def _array(

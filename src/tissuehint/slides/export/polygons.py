@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +22,11 @@ from skimage.measure import label
 
 from tissuehint.errors import InputError
 from tissuehint.labels import IGNORE, LabelSpace
+from tissuehint.slides.ahead import ahead
 from tissuehint.slides.export.class_map import ClassMap, windows
 
 BLOCK = 2048  # map px
+THREADS = 2  # more wait for each other, and each holds a block
 TOLERANCE = 1.5  # map px; takes most steps out of slanted outlines, and 0.2 % of the pixels change class
 MIN_AREA = 16.0  # map px; at 1 um/px less than a cell
 CODE, NOTHING = 256, -1  # a piece and its class in one number: CODE * piece + class
@@ -53,7 +56,7 @@ def tissue_polygons(
 ) -> Iterator[TissuePolygon]:
     """Polygons of the 4-connected regions of the tissue classes, as they are finished.
 
-    A region is given as soon as the last block that it reaches is done; memory holds one block, and the regions that
+    A region is given as soon as the last block that it reaches is done; memory holds a few blocks, and the regions that
     reach from the blocks done into those to come. White and unmapped pixels have no polygons. With ``tolerance`` and
     ``min_area`` 0, painting the polygons gives the map back, whatever the size of the blocks.
 
@@ -83,18 +86,22 @@ def _polygons(
 ) -> Iterator[TissuePolygon]:
     height, width = classes.shape
     joints = _Joints(width, min_area)
-    for rows, columns in windows(classes, block):
-        values = np.asarray(classes[rows, columns])
+
+    def cut_block(place: tuple[slice, slice]) -> _Cut:
+        values = np.asarray(classes[place])
         values = np.where(values < labels.num_tissue, values, np.uint8(IGNORE))
-        cut = _cut(values, (rows.start, columns.start), tolerance, min_area)
-        inside = _Sides(rows.start > 0, columns.start > 0, rows.stop < height, columns.stop < width)
-        tissue = cut.labels < labels.num_tissue
-        crossing = tissue & cut.reaching(inside)
-        large = shapely.area(cut.polygons) >= min_area
-        for index in np.flatnonzero(tissue & ~crossing & large):
-            yield TissuePolygon(cut.polygons[index], int(cut.labels[index]))
-        joints.add(cut, crossing, columns, inside)
-        yield from joints.finished()
+        return _cut(values, (place[0].start, place[1].start), tolerance, min_area)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for (rows, columns), cut in ahead(pool, windows(classes, block), cut_block, THREADS):
+            inside = _Sides(rows.start > 0, columns.start > 0, rows.stop < height, columns.stop < width)
+            tissue = cut.labels < labels.num_tissue
+            crossing = tissue & cut.reaching(inside)
+            large = shapely.area(cut.polygons) >= min_area
+            for index in np.flatnonzero(tissue & ~crossing & large):
+                yield TissuePolygon(cut.polygons[index], int(cut.labels[index]))
+            joints.add(cut, crossing, columns, inside)
+            yield from joints.finished()
 
 
 class _Sides(NamedTuple):
