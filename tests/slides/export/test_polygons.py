@@ -13,7 +13,7 @@ from scipy import ndimage
 from tests.slides.export.maps import LABELS, Watched, blobs, maps
 from tissuehint.errors import InputError
 from tissuehint.labels import LabelSpace
-from tissuehint.slides.export.polygons import TissuePolygon, tissue_polygons
+from tissuehint.slides.export.polygons import THREADS, TissuePolygon, tissue_polygons
 
 CHECKERBOARD = np.indices((9, 8)).sum(0).astype(np.uint8) % 2
 ONION = np.minimum.reduce([*np.indices((11, 11)), *(10 - np.indices((11, 11)))]).astype(np.uint8) % 3
@@ -194,8 +194,10 @@ class TestStreaming:
         watched = Watched(values, 100)
         polygons = tissue_polygons(watched, LABELS, block=10, min_area=0)
         found = [(polygon.label, len(watched.windows)) for polygon in polygons]
-        # the first lies in block 1 of 36; the second ends in block 7, below it
-        assert found == [(0, 1), (1, 7), (2, 22)]
+        # the first lies in block 1 of 36; the second ends in block 7, below it; some blocks are read ahead
+        assert [label for label, _ in found] == [0, 1, 2]
+        for (_, read), block in zip(found, (1, 7, 22), strict=True):
+            assert block <= read <= block + THREADS
         assert len(watched.windows) == 36
 
     def test_the_same_map_gives_the_same_order(self):
