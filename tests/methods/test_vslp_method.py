@@ -258,11 +258,17 @@ class TestCalibration:
 
 class TestLearningParts:
     def test_the_consensus_has_the_given_areas(self):
-        mean = smooth_views()[:, 0]
+        views = smooth_views()
+        seen = Seen(views, torch.ones_like(views[:, :, 0]))
         proportions = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.1, 0.8], [0.5, 0.5, 0.0]])
-        labels = consensus(mean, proportions, torch.ones(3, 56, 56), confidence=0.0)
-        areas = F.one_hot(labels, 3).float().mean((1, 2))
-        assert float((areas - proportions).abs().max()) < 0.02
+        images, tissue = torch.full((3, 3, 56, 56), 0.5), torch.ones(3, 56, 56)
+        borders = []
+        for smoothness in (0.0, 1.0):
+            labels = consensus(seen, images, proportions, tissue, smoothness)
+            areas = F.one_hot(labels, 3).float().mean((1, 2))
+            assert float((areas - proportions).abs().max()) < 0.02
+            borders.append(int((labels[:, 1:] != labels[:, :-1]).sum()))
+        assert borders[1] <= borders[0]
 
     def test_doubtful_pixels_and_white_teach_nothing(self):
         mean = torch.full((1, 2, 4, 4), 0.5)
@@ -270,11 +276,14 @@ class TestLearningParts:
         mean[:, 0, 2:], mean[:, 1, 2:] = 0.1, 0.9
         tissue = torch.ones(1, 4, 4)
         tissue[..., 3] = 0
-        labels = consensus(mean, torch.tensor([[0.5, 0.5]]), tissue, confidence=0.8)
+        seen = Seen(mean[:, None], torch.ones(1, 1, 4, 4))
+        images, halves = torch.full((1, 3, 4, 4), 0.5), torch.tensor([[0.5, 0.5]])
+        labels = consensus(seen, images, halves, tissue, smoothness=0.1, confidence=0.8)
         assert labels[0, :2, :3].eq(0).all()
         assert labels[0, 2:, :3].eq(1).all()
         assert labels[..., 3].eq(255).all()
-        doubtful = consensus(torch.full((1, 2, 4, 4), 0.5), torch.tensor([[0.5, 0.5]]), tissue, confidence=0.8)
+        seen = Seen(torch.full((1, 1, 2, 4, 4), 0.5), torch.ones(1, 1, 4, 4))
+        doubtful = consensus(seen, images, halves, tissue, smoothness=0.1, confidence=0.8)
         assert doubtful.eq(255).all()
 
     def test_a_part_of_the_views_still_sees_every_pixel(self):

@@ -187,7 +187,8 @@ class LearningConfig(BaseModel):
         views: of an image that a step sees, drawn from all.
         warm_up: steps at the beginning that learn to mend damaged label maps alone, every other one of them maps that
             are made up.
-        confidence: pixels whose likeliest class has this much of the consensus of the views teach the flow.
+        smoothness: of the total variation in the consensus that teaches the flow, px of boundary against px of area.
+        confidence: pixels whose likeliest class has this much of the consensus teach the flow.
         consensus_weight: of what they teach, after the warm-up.
         proportion_weight: of the distance between given proportions and those of the sharpened map.
         dead_zone: errors of a share up to this cost nothing (rounding to 5 %: .025, to 10 %: .05).
@@ -203,14 +204,15 @@ class LearningConfig(BaseModel):
     batch_size: int | None = Field(default=None, ge=1)
     round_steps: int | None = Field(default=None, ge=1)
     views: int = Field(default=4, ge=1)
-    warm_up: int = Field(default=80, ge=0)
-    confidence: float = Field(default=0.7, ge=0, lt=1)
+    warm_up: int = Field(default=40, ge=0)
+    smoothness: float = Field(default=0.5, ge=0)
+    confidence: float = Field(default=0.0, ge=0, lt=1)
     consensus_weight: float = Field(default=1.0, ge=0)
-    proportion_weight: float = Field(default=1.0, ge=0)
+    proportion_weight: float = Field(default=0.3, ge=0)
     dead_zone: float = Field(default=0.0, ge=0, lt=1)
-    entropy_weight: float = Field(default=0.1, ge=0)
+    entropy_weight: float = Field(default=0.0, ge=0)
     sharpness: float = Field(default=0.3, gt=0, le=1)
-    learning_rate: float = Field(default=5e-3, gt=0)
+    learning_rate: float = Field(default=2e-3, gt=0)
     scalar_rate: float = Field(default=1e-2, gt=0)
 
 

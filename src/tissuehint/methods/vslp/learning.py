@@ -5,10 +5,11 @@ and to agree with what the views agree on (VSLP spec, Section 6, reconstructed):
 
 weight_p D(pi, mean_T s(u_S)) + weight_c CE(consensus, u_S) + alpha mean_T H(u_S),     s(u) = softmax(log u / sharpness)
 
-with a distance D that is 0 within a dead zone, for proportions that were rounded. The consensus of an image are the
-likeliest classes under the views that were drawn, moved by biases to the given areas (``ops.capacity``), where they are
-likely enough; the flow itself sees a part of these views, and nothing of the proportions. In the warm-up it learns to
-mend label maps alone: the consensus, and, in every other step, partitions of smoothed noise. No mask is read.
+with a distance D that is 0 within a dead zone, for proportions that were rounded. The consensus of an image is the
+exact segmentation of the views that were drawn, with edge-weighted total variation and the given areas
+(``ops.variational_multiclass``); the flow itself sees a part of these views, and nothing of the proportions: it learns
+to get without them where the convex energy gets with them. In the warm-up it learns to mend label maps alone: the
+consensus, and, in every other step, partitions of smoothed noise. No mask is read.
 """
 
 from __future__ import annotations
@@ -23,17 +24,19 @@ from torch import Tensor
 from tissuehint.data.samples import Batch
 from tissuehint.labels import IGNORE
 from tissuehint.methods.vslp.confidence import proportion_distance
-from tissuehint.methods.vslp.energy import FusionEnergy, average, entropy
+from tissuehint.methods.vslp.config import RegulariserConfig
+from tissuehint.methods.vslp.energy import EdgeWeightedTotalVariation, FusionEnergy, average, entropy
 from tissuehint.methods.vslp.flow import SMALLEST, mirror_step
 from tissuehint.methods.vslp.views import Seen
 from tissuehint.nn.optimization import polynomial
 from tissuehint.ops.capacity import capacity_bias
+from tissuehint.ops.variational_multiclass import segment_multiclass
 
 if TYPE_CHECKING:
     from tissuehint.methods.vslp.method import VSLP
 
-#: Temperature at which the consensus has the given areas.
-CONSENSUS_TEMPERATURE = 0.05
+#: Temperature at which the consensus has the given areas, and the weight that holds them in the convex energy.
+CONSENSUS_TEMPERATURE, AREA_STRENGTH = 0.02, 100.0
 
 #: Made-up maps: cells of their noise along the shorter side, views of each, spread of the noise on their logarithms.
 COARSEST, FINEST, DAMAGED_VIEWS, DAMAGE = 3, 10, 3, 1.0
@@ -105,7 +108,8 @@ class RegulariserLearning(L.LightningModule):
         with torch.no_grad():
             seen = method.see(batch.images, self._drawn_views())
             energy = method.energy(batch.images, seen)
-            labels = consensus(average(seen, method.config.average), proportions, energy.tissue, learning.confidence)
+            small = F.adaptive_avg_pool2d(batch.images, method.grid(batch.images))
+            labels = consensus(seen, small, proportions, energy.tissue, learning.smoothness, learning.confidence)
             part = 1 + int(torch.randint(seen.validity.shape[1], ()))
             shown = part_of(seen, part)
         u = self.flow(method.energy(batch.images, shown), average(shown, method.config.average))
@@ -157,16 +161,32 @@ def part_of(seen: Seen, count: int) -> Seen:
     return Seen(seen.probabilities[:, :count], validity + unseen)
 
 
-def consensus(mean: Tensor, proportions: Tensor, tissue: Tensor, confidence: float) -> Tensor:
-    """Labels (B,h,w) int64 of pixels that are likely enough once the classes have their areas; 255 elsewhere.
+def consensus(
+    seen: Seen, images: Tensor, proportions: Tensor, tissue: Tensor, smoothness: float, confidence: float = 0.0
+) -> Tensor:
+    """Labels (B,h,w) int64 that are smooth and have the given areas; 255 where no class is likely enough.
+
+    They minimise sum_x T(x) <1 - p(x), u(x)> + smoothness sum_x g(x) sum_c |grad u_c(x)| with mean_T u = pi, for the
+    mean p of the views.
 
     Args:
-        mean: (B,C,h,w) of the views.
-        proportions: (B,C).
-        tissue: (B,h,w) in [0,1].
+        seen: the views on the working grid.
+        images: (B,3,h,w) on the working grid, whose edges are g.
+        proportions: pi (B,C).
+        tissue: T (B,h,w) in [0,1].
+        smoothness: weight of the total variation, px of boundary against px of area.
         confidence: least probability.
     """
-    logarithms = mean.clamp_min(SMALLEST).log()
+    edges = EdgeWeightedTotalVariation(RegulariserConfig(name="total_variation", smoothness=smoothness), images).edge
+    found = segment_multiclass(
+        1 - average(seen, "mean"),
+        smoothness=smoothness,
+        edge_weight=edges,
+        weights=tissue,
+        proportions=proportions,
+        strength=AREA_STRENGTH,
+    )
+    logarithms = found.u.clamp_min(SMALLEST).log()
     bias = capacity_bias(logarithms, proportions, tissue, temperature=CONSENSUS_TEMPERATURE)
     likely, labels = (logarithms + bias[:, :, None, None]).softmax(1).max(1)
     return labels.masked_fill((likely < confidence) | (tissue < 0.5), IGNORE)
