@@ -88,6 +88,15 @@ class FusionEnergy:
             found["proportion"] = self.config.proportion_weight * self.tissue * distance[:, None, None]
         return found
 
+    def guide_energy(self, u: Tensor) -> Tensor:
+        """What the learned regulariser says of the image alone, r of a flat map, (B,h,w); 0 without a guide.
+
+        The same for every map ``u`` (B,C,h,w) of these images: no minimiser changes without it, and pictures show more.
+        """
+        if isinstance(self.regulariser, TotalDeepVariation) and self.guide is not None:
+            return self.regulariser.energy(torch.full_like(u, 1 / u.shape[1]), self.guide)
+        return torch.zeros_like(u[:, 0])
+
     def gradient(self, u: Tensor) -> Tensor:
         """Derivative of the sum over pixels, like ``u``; differentiable where gradients are on.
 

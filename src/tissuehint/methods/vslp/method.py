@@ -200,7 +200,8 @@ class VSLP(WeakMethod):
 
         ``confidence``: (B,C,h,w), average of the views; ``disagreement`` and ``entropy``: of the views, (B,1,h,w);
         ``soft_map``: (B,C,h,w), their fusion without proportions, and ``guided_map`` with those of the images, where
-        the batch has some. Of the latter, or else the former: ``fidelity_energy``, ``regularisation_energy`` (B,1,h,w).
+        the batch has some. Of the latter, or else the former: ``fidelity_energy``, and ``regularisation_energy`` less
+        that of a flat map, which depends on the image alone, (B,1,h,w).
         ``proportion_energy``: (B,1,h,w) of the former, high where a pixel is of a class that is given less area.
         """
         images, proportions = batch.images, batch.proportions
@@ -222,8 +223,11 @@ class VSLP(WeakMethod):
         if self.config.fusion is None:
             return found
         energy = self.energy(images, seen)
-        for name, values in energy.terms(found.get("guided_map", found["soft_map"])).items():
+        shown = found.get("guided_map", found["soft_map"])
+        for name, values in energy.terms(shown).items():
             found[f"{name}_energy"] = values[:, None]
+        if "regularisation_energy" in found:
+            found["regularisation_energy"] -= energy.guide_energy(shown)[:, None]
         if proportions is not None:
             found["proportion_energy"] = energy.proportion_map(found["soft_map"], proportions)[:, None]
         return found

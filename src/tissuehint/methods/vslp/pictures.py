@@ -48,8 +48,10 @@ def write_pictures(method: VSLP, data: TissueData, folder: Path) -> None:
         row = [picture(image), _classes(maps["confidence"][0], method), _classes(final[0], method)]
         row += [picture(heat(maps[name][0, 0], THUMBNAIL)) for name in ("disagreement", *energies)]
         rows.append(row)
-        flow = method.fuse(batch.images, batch.proportions)
-        flows[batch.ids[0]] = [round(float(value), 3) for value in flow.energies[:, 0]]
+        seen = method.see(batch.images)
+        flow = method.fuse(batch.images, batch.proportions, seen)
+        flat = float(method.energy(batch.images, seen).guide_energy(flow.u).sum().detach())
+        flows[batch.ids[0]] = [round(float(value) - flat, 3) for value in flow.energies[:, 0]]
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / FILE) as part:
         Image.fromarray(sheet(rows, GAP)).save(part, format="PNG")
@@ -58,9 +60,9 @@ def write_pictures(method: VSLP, data: TissueData, folder: Path) -> None:
     text = (
         f"Images of {split} with their proportions. From left to right: {', '.join(shown)} (bright: high, each from "
         "its smallest to its largest value). The fidelity is high where the map leaves the views, the regularisation "
-        "where the map is unlikely by itself, the proportion energy where a class has more area than it is given."
+        "where the map is less likely than a flat one, the proportion energy where a class has more area than given."
     )
-    caption = f"Energy along the flow, start to end. {falls}"
+    caption = f"Energy along the flow, start to end, less that of a flat map's regularisation. {falls}"
     pictures = [{"file": FILE, "caption": caption}]
     write_json(folder / PICTURES, {"title": "Energies", "text": text, "pictures": pictures})
 
