@@ -32,7 +32,7 @@ def cell_centres(encoder: Encoder) -> tuple[float, ...]:
     Example:
         >>> from tissuehint.nn.encoders import EncoderConfig, build_encoder
         >>> cell_centres(build_encoder(EncoderConfig(name="resnet10t")))
-        (0.5, 0.5, 0.5, 0.5)
+        (0.5, 0.5, 0.5, 0.5, 0.5)
     """
     image = probe_image(encoder)
     steps: dict[int, dict[int, nn.Module]] = {}  # by the sides of the maps before and after
