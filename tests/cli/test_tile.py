@@ -114,9 +114,9 @@ def test_without_annotations(tile):
 
 
 def test_annotations_measure_from_the_bounds(command, tmp_path, monkeypatch):
-    from tissuehint.data import phantom_slide
+    from tissuehint.data import phantom_slide_tissue
 
-    monkeypatch.setattr(phantom_slide, "TEXTURE", 96)
+    monkeypatch.setattr(phantom_slide_tissue, "TEXTURE", 96)
     write_phantom_slide(tmp_path / "m.scn", 256, 256, margins=(100, 60, 20, 20), blank=0.0)
     write(tmp_path / "m.geojson", region("x", 0, 0, 64, 64))
     for origin, place in (("bounds", "r100_c60"), ("slide", None)):

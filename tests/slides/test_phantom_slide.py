@@ -8,7 +8,7 @@ import tiffslide
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tissuehint.data import phantom_slide
+from tissuehint.data import phantom_slide, phantom_slide_tissue
 from tissuehint.data.phantom_slide import write_phantom_slide
 from tissuehint.data.phantom_slide_tissue import SlideTissue
 from tissuehint.data.phantom_tissue import PHANTOM_LABELS
@@ -22,7 +22,7 @@ HEIGHT, WIDTH = 523, 642
 def small_textures():
     """Rendering five squares of 1024 pixels takes seconds; 96 will do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phantom_slide, "TEXTURE", 96)
+        patch.setattr(phantom_slide_tissue, "TEXTURE", 96)
         yield
 
 

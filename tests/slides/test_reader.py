@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from tissuehint.data import phantom_slide
+from tissuehint.data import phantom_slide_tissue
 from tissuehint.data.phantom_slide import write_phantom_slide
 from tissuehint.errors import InputError
 from tissuehint.slides import reader
@@ -85,7 +85,7 @@ def folder(tmp_path_factory, image):
     write_tiff(folder / "strips.tif", image, tile=None, rowsperstrip=50)
     Image.fromarray(image).save(folder / "plain.png")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phantom_slide, "TEXTURE", 96)
+        patch.setattr(phantom_slide_tissue, "TEXTURE", 96)
         write_phantom_slide(folder / "odd.svs", HEIGHT, WIDTH, seed=3, levels=(1, 3, 7.5), blank=0.2)
         write_phantom_slide(folder / "bounds.scn", HEIGHT, WIDTH, seed=3, levels=(1, 2), margins=MARGINS, blank=0.2)
     return folder

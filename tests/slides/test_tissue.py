@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import ndimage
 from shapely.geometry import shape
 
-from tissuehint.data import phantom_slide
+from tissuehint.data import phantom_slide_tissue
 from tissuehint.data.phantom_slide import write_phantom_slide
 from tissuehint.data.phantom_slide_tissue import SlideTissue
 from tissuehint.data.phantom_tissue import WHITE
@@ -48,7 +48,7 @@ def phantom(tmp_path_factory):
     """A slide with bounds of 300 x 260 um and more."""
     path = tmp_path_factory.mktemp("slides") / "phantom.scn"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phantom_slide, "TEXTURE", 256)
+        patch.setattr(phantom_slide_tissue, "TEXTURE", 256)
         write_phantom_slide(path, 901, 1203, seed=1, um_per_px=1.0, levels=(1, 4), margins=(50, 121, 70, 30))
         truth = SlideTissue.random(901, 1203, seed=1, um_per_px=1.0).classes(0, 0, 901, 1203) != WHITE
     with open_slide(path) as slide:

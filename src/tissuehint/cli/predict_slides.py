@@ -61,8 +61,7 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
             (slides if is_slide(path) else images).append(word)
             continue
         inside = [file for file in files if is_slide(file)]
-        known = set(list_images(path)) if path.is_dir() else set(files)
-        others = [file for file in files if file in known and file not in inside]
+        others = [file for file in (list_images(path) if path.is_dir() else files) if file not in inside]
         if not inside and not others:
             raise InputError(word, "holds no image and no slide", "check the path")
         slides += map(str, inside)
@@ -85,7 +84,7 @@ def predict_slides(model: Path, device: Device, words: Sequence[str], out: Path,
     folder = model_folder(model)
     loaded = load_model(model, device)
     facts = model_facts(folder, loaded.um_per_px)
-    windows_of(loaded, config.mapping)  # what does not fit the model is said once, before anything is written
+    windows_of(loaded, config.mapping, name=model)  # said once, before anything is written
     bar = _bar(options.quiet or options.engine == "ray")
     engine: Engine
     if options.engine == "ray":

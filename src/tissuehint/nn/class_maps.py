@@ -55,8 +55,8 @@ class ClassMapSettings(BaseModel):
         levels: how many of the coarsest pyramid levels are concatenated before the classifier (OEEM: 3), at the
             resolution of the finest of them.
         dropout: on the features, before the classifier.
-        centred: bring the cells of every level to the middle of the pixels that they stand for; those of most CNNs lie
-            up to half a cell below and to the right of it (``nn.receptive_field``). Published codes do not.
+        centred: bring the cells of every level to the middle of the pixels that they stand for; those of most CNNs look
+            up to half a cell above and to the left of it (``nn.receptive_field``). Published codes do not.
         attention: behind stages of the encoder: ``none``, ``criss_cross``, ``criss_cross_twice``, or
             ``consistency_correlation`` (criss-cross, position, criss-cross; Feng et al. 2025).
         attention_levels: the levels of the encoder's pyramid that attention stands behind, -1 is the coarsest; the

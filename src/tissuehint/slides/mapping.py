@@ -78,8 +78,8 @@ class Windows:
         return max(1, BATCH_PIXELS.get(device.type, BATCH_PIXELS["cpu"]) // self.network_side**2)
 
 
-def windows_of(model: TissueModel, config: MappingConfig) -> Windows:
-    """Windows of a model where the configuration names none.
+def windows_of(model: TissueModel, config: MappingConfig, *, name: object = "model") -> Windows:
+    """Windows of a model where the configuration names none; ``name`` is what errors call the model.
 
     Raises:
         InputError: a model that does not know its pixel size, an overlap that leaves no stride.
@@ -87,7 +87,7 @@ def windows_of(model: TissueModel, config: MappingConfig) -> Windows:
     um_per_px = config.um_per_px or model.um_per_px
     if um_per_px is None:
         rule = "does not know at which um per px it was trained"
-        raise InputError("model", rule, "give --model-mpp, such as 0.5 for a 20x scan")
+        raise InputError(name, rule, "give --model-mpp, such as 0.5 for a 20x scan")
     grid, overlap = model.grid, config.overlap
     side = config.window or (WINDOW if grid is None else grid.side)
     if overlap is None:

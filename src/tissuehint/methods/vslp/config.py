@@ -47,7 +47,7 @@ class ConfidenceConfig(BaseModel):
         levels: how many of the coarsest pyramid levels are concatenated, at the resolution of the finest of them.
         dropout: on the features.
         centred: bring tokens to the middle of the pixels that they stand for (``nn.receptive_field``); those of most
-            CNNs lie up to half a token below and to the right of it. Nothing changes for Swin and ViT.
+            CNNs look up to half a token above and to the left of it. Nothing changes for Swin and ViT.
         tiles: size, where ``cells`` is ``tiles``.
         network: where ``cells`` is ``pixels``.
     """
