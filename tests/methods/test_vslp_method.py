@@ -72,7 +72,24 @@ class TestAreas:
         areas = F.one_hot(maps.argmax(1), 3).float().mean((1, 2))
         assert float((areas - proportions).abs().max()) < 0.01
 
-    def test_without_proportions_the_areas_are_free(self, monkeypatch):
+    @pytest.mark.parametrize("exact", [False, True])
+    def test_without_proportions_the_areas_are_those_of_the_confidence_map(self, exact, monkeypatch):
+        views, images = smooth_views(), torch.rand(3, 3, 224, 224)
+        fusion = {**SMALL, "steps": 10}
+        if exact:
+            regulariser = {"name": "total_variation", "smoothness": 0.5}
+            fusion = {"regulariser": regulariser, "fidelity": "linear", "solver": "primal_dual"}
+        wanted = F.one_hot(with_views(vslp(fusion=None), views, monkeypatch).fuse(images).u.argmax(1), 3).float()
+        held, free = (
+            F.one_hot(with_views(vslp(fusion={**fusion, "areas": kind}), views, monkeypatch).fuse(images).u.argmax(1), 3)
+            for kind in ("confidence", "free")
+        )
+        assert float((held.float().mean((1, 2)) - wanted.mean((1, 2))).abs().max()) < 0.01
+        if exact:  # strong smoothing lets small classes go, unless their areas are held
+            assert float((free.float().mean((1, 2)) - wanted.mean((1, 2))).abs().max()) > 0.02
+            assert not torch.equal(held.argmax(3), wanted.argmax(3))
+
+    def test_without_proportions_their_areas_are_not_used(self, monkeypatch):
         method = with_views(vslp(), smooth_views(), monkeypatch)
         images = torch.rand(3, 3, 224, 224)
         skewed = Batch(["a", "b", "c"], images, proportions=torch.tensor([[0.9, 0.05, 0.05]] * 3))
@@ -126,6 +143,7 @@ class TestFlow:
         shares = []
         for cost in (None, [[0, 0.3, 1], [0.3, 0, 0.3], [1, 0.3, 0]]):
             fusion = {"ground_cost": cost, "regulariser": {"name": "none"}, "steps": 40, "fidelity": "linear"}
+            fusion["areas"] = "free"
             method = with_views(vslp(fusion=fusion), views, monkeypatch)
             shares.append(float(method.fuse(torch.rand(1, 3, 32, 32)).u[:, 1].mean()))
         assert shares[0] < 0.1

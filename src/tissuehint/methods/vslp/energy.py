@@ -201,6 +201,14 @@ def average(seen: Seen, kind: str) -> Tensor:
     return (weights[:, :, None] * seen.probabilities.clamp_min(SMALLEST).log()).sum(1).softmax(1)
 
 
+def areas(u: Tensor, tissue: Tensor) -> Tensor:
+    """Share of the tissue (B,h,w) whose likeliest class each is, (B,C), of maps u (B,C,h,w); alike without tissue."""
+    likeliest = F.one_hot(u.argmax(1), u.shape[1]).movedim(-1, 1)
+    total = (likeliest * tissue[:, None]).sum((2, 3))
+    whole = total.sum(1, keepdim=True)
+    return torch.where(whole > 0, total / whole.clamp_min(1e-8), 1 / u.shape[1])
+
+
 def disagreement(seen: Seen, mean: Tensor) -> Tensor:
     """d(x) = mean over the views of ||p_t - mean||_1 / 2, (B,h,w) in [0,1]."""
     weights = seen.validity / seen.validity.sum(1, keepdim=True).clamp_min(1e-8)

@@ -20,6 +20,7 @@ from tissuehint.methods.vslp.energy import (
     EdgeWeightedTotalVariation,
     FusionEnergy,
     FusionWeights,
+    areas,
     average,
     disagreement,
     entropy,
@@ -186,13 +187,15 @@ class VSLP(WeakMethod):
         if fusion.proportions == "none":
             proportions = None
         energy = self.energy(images, seen, proportions)
+        held = proportions if fusion.proportions == "near_hard" else None
+        if proportions is None and fusion.areas == "confidence":
+            held = areas(start, energy.tissue)
         if fusion.solver == "primal_dual":
-            found = self._exact(energy, proportions)
+            found = self._exact(energy, proportions if held is None else held, near_hard=held is not None)
         else:
+            # guesses hold the end alone: as good, and the flow stays cheap
             found = self._flow(energy, start, proportions)
-        if proportions is None or fusion.proportions != "near_hard":
-            return found
-        return self._with_areas(found, proportions, energy.tissue)
+        return found if held is None else self._with_areas(found, held, energy.tissue)
 
     @torch.no_grad()
     def explain(self, batch: Batch) -> dict[str, Tensor]:
@@ -260,9 +263,11 @@ class VSLP(WeakMethod):
         step = fusion.step_size if self.fusion is None else self.fusion.log_step.detach().exp()
         return minimise(energy, start, fusion.steps, step_size=step, halvings=HALVINGS, project=project)
 
-    def _exact(self, energy: FusionEnergy, proportions: Tensor | None) -> Flow:
+    def _exact(self, energy: FusionEnergy, proportions: Tensor | None, *, near_hard: bool) -> Flow:
         """The minimiser of a convex energy by the primal-dual method."""
         fusion = self._fusion()
+        # more than any class can gain at a pixel holds the proportions
+        strength = 100.0 * fusion.fidelity_weight if near_hard else fusion.proportion_weight
         edges = energy.regulariser.edge if isinstance(energy.regulariser, EdgeWeightedTotalVariation) else None
         found = segment_multiclass(
             fusion.fidelity_weight * energy.costs(),
@@ -270,14 +275,9 @@ class VSLP(WeakMethod):
             edge_weight=edges,
             weights=energy.tissue,
             proportions=proportions,
-            strength=0.0 if proportions is None else self._strength(),
+            strength=0.0 if proportions is None else strength,
         )
         return Flow(found.u, found.energy[None])
-
-    def _strength(self) -> float:
-        """Of the proportions in the exact solver: more than any class can gain at a pixel holds them."""
-        fusion = self._fusion()
-        return fusion.proportion_weight if fusion.proportions == "soft" else 100.0 * fusion.fidelity_weight
 
     def _with_areas(self, found: Flow, proportions: Tensor, tissue: Tensor) -> Flow:
         """Move the classes of a map by biases, so that the likeliest ones have these areas."""
