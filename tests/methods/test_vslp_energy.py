@@ -167,6 +167,14 @@ class TestFidelity:
         expected = at_pixels(seen, u, lambda a, b: ot.emd2(a.copy(), b.copy(), cost))
         np.testing.assert_allclose(found, expected, rtol=0, atol=epsilon * cost.max() * math.log(C))
 
+    def test_transport_starts_from_that_of_the_map_before(self):
+        seen, first, second = seen_of(1, 2), maps(1, C, H, W, seed=5), maps(1, C, H, W, seed=6)
+        energy = energy_of(seen, ground_cost=COST)
+        energy.fidelity(first)
+        assert energy.potentials["views"].abs().max() > 0
+        expected = energy_of(seen, ground_cost=COST).fidelity(second)
+        torch.testing.assert_close(energy.fidelity(second), expected, rtol=0, atol=1e-4)
+
     def test_transport_with_cost_1_is_half_of_the_absolute_differences(self):
         seen, u = seen_of(1, 2), maps(1, C, H, W)
         ones = tuple(tuple(float(i != j) for j in range(C)) for i in range(C))

@@ -81,7 +81,9 @@ class TestAreas:
             fusion = {"regulariser": regulariser, "fidelity": "linear", "solver": "primal_dual"}
         wanted = F.one_hot(with_views(vslp(fusion=None), views, monkeypatch).fuse(images).u.argmax(1), 3).float()
         held, free = (
-            F.one_hot(with_views(vslp(fusion={**fusion, "areas": kind}), views, monkeypatch).fuse(images).u.argmax(1), 3)
+            F.one_hot(
+                with_views(vslp(fusion={**fusion, "areas": kind}), views, monkeypatch).fuse(images).u.argmax(1), 3
+            )
             for kind in ("confidence", "free")
         )
         assert float((held.float().mean((1, 2)) - wanted.mean((1, 2))).abs().max()) < 0.01

@@ -487,3 +487,35 @@ def test_bad_input_is_said_in_one_line(name: str) -> None:
     assert error.value.rule
     assert error.value.fix
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 0.05, 0.5])
+@pytest.mark.parametrize("cost", COSTS.values(), ids=COSTS)
+def test_a_start_nearby_changes_turns_and_nothing_else(epsilon, cost, monkeypatch):
+    a, b, ground = histograms(1, 200, 4), histograms(2, 200, 4), cost(4)
+    before = transport(a, b, ground, epsilon=epsilon, iterations=ENOUGH)
+    moved = near(a, 3)
+    expected = transport(moved, b, ground, epsilon=epsilon, iterations=ENOUGH)
+    turns, turn = [], sinkhorn._turn
+
+    def counted(*parts):
+        turns.append(parts[0].shape[1])
+        return turn(*parts)
+
+    monkeypatch.setattr(sinkhorn, "_turn", counted)
+    transport(moved, b, ground, epsilon=epsilon, iterations=ENOUGH)
+    cold, turns[:] = sum(turns), []
+    found = transport(moved, b, ground, epsilon=epsilon, iterations=ENOUGH, start=before.potentials.source)
+    assert sum(turns) <= cold * (0.7 if epsilon < 0.1 else 1)
+    torch.testing.assert_close(found.value, expected.value, rtol=0, atol=1e-9 * float(ground.max()))
+    torch.testing.assert_close(found.plan, expected.plan, rtol=0, atol=1e-9)
+    turns.clear()
+    transport(moved, b, ground, epsilon=epsilon, iterations=ENOUGH, start=expected.potentials.source)
+    assert sum(turns) <= 0.1 * len(a)  # rounding alone
+
+
+@pytest.mark.parametrize("start", [torch.zeros(3, 2), torch.full((2, 2), torch.nan)])
+def test_a_start_that_fits_nothing_is_refused(start):
+    a = torch.tensor([[0.8, 0.2], [0.5, 0.5]])
+    with pytest.raises(InputError, match=r"start of shape .* is \(2, 2\) and finite.*source potentials"):
+        transport(a, a, zero_one(2), start=start)

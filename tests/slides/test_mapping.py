@@ -133,12 +133,12 @@ class TestTheMap:
         written = []
         write = Mapper._write
 
-        def spy(self, row, column, shares, seen):
+        def spy(self, row, column, total):
             core = self.plan.tiling.core(row, column)
             side = self.classes.chunks[0]
             rows, columns = range(core.top // side, -(-core.bottom // side)), range(core.left, core.right, side)
             written.extend((line, place // side) for line in rows for place in columns)
-            write(self, row, column, shares, seen)
+            write(self, row, column, total)
 
         monkeypatch.setattr(Mapper, "_write", spy)
         run(colour_model(), slide_file, tmp_path / "w", window=32, overlap=8)

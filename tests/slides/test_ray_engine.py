@@ -19,6 +19,8 @@ from tissuehint.slides.mapping import MappingConfig
 from tissuehint.slides.predict import SlideConfig
 from tissuehint.slides.state import model_facts
 
+# as the engine does: workers are not started with the command line of the tests
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 ray = pytest.importorskip("ray", reason="needs the extra ray")
 
 SLOW = 0.05  # s a batch, so that there is a middle

@@ -34,16 +34,18 @@ def window_maps(tiling, of_window):
 def stitch(tiling, maps, folder, order=None, channels=2, wanted=None):
     """All blocks through the public pieces; pixels that no window sees are nan."""
     found = torch.full((channels, tiling.height, tiling.width), torch.nan)
-    waiting = Waiting(folder)
+    waiting, memory = Waiting(folder), None
     for row, column in order or tiling.blocks():
-        total = BlockSum(tiling, row, column, channels, CPU)
+        total = BlockSum(tiling, row, column, channels, CPU, memory)
         for sums in waiting.fetch(row, column):
             total.take(sums)
         for line, place in tiling.windows(row, column).tolist():
             if wanted is None or wanted[line, place]:
                 corner = line * tiling.stride, place * tiling.stride
                 total.add(maps[line, place][None], [corner[0]], [corner[1]])
-        mean, seen = total.mean()
+        mean, seen = total.mean(), total.seen()
+        assert (total.likeliest() == mean.argmax(0))[seen].all()
+        memory = total.memory
         core = total.core
         found[:, core.top : core.bottom, core.left : core.right] = torch.where(seen, mean, torch.nan)
         waiting.leave(row, column, total.beyond())

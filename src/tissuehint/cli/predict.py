@@ -75,7 +75,7 @@ def predict(
     overlay: Annotated[bool, typer.Option("--overlay/--no-overlay", help="Write NAME_overlay.jpg of images.")] = True,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Windows at a time; default 8 of an image, 1 megapixel of a slide (8 on a GPU)."),
+        typer.Option(min=1, help="Windows at a time; default 8 of an image, half a megapixel of a slide (8 on a GPU)."),
     ] = None,
     device: Annotated[
         Device, typer.Option(help="Where to compute; auto takes a GPU where there is one.")

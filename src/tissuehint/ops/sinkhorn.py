@@ -73,7 +73,15 @@ class Transport(NamedTuple):
     potentials: Potentials
 
 
-def transport(a: Tensor, b: Tensor, cost: Tensor, *, epsilon: float = 0.05, iterations: int = 50) -> Transport:
+def transport(
+    a: Tensor,
+    b: Tensor,
+    cost: Tensor,
+    *,
+    epsilon: float = 0.05,
+    iterations: int = 50,
+    start: Tensor | None = None,
+) -> Transport:
     r"""Entropic transport from a_m to b_m for every m.
 
     Args:
@@ -83,6 +91,7 @@ def transport(a: Tensor, b: Tensor, cost: Tensor, *, epsilon: float = 0.05, iter
         epsilon: above 0; strength of the entropy as a share of the largest cost.
         iterations: most turns, at least 1; histograms whose rows are right are left alone earlier. Below an epsilon of
             .05 as many again for every halving on the way.
+        start: (M,K) potentials ``source`` of histograms near to these, from which few turns are left to go; None is 0.
 
     Returns:
         Values, plans and potentials, computed in float64 if a is, otherwise in float32. With ``cost`` 0 everywhere the
@@ -90,7 +99,7 @@ def transport(a: Tensor, b: Tensor, cost: Tensor, *, epsilon: float = 0.05, iter
 
     Raises:
         InputError: shapes that do not agree, a negative or infinite entry, a histogram that does not sum to 1 within
-            .001, an epsilon that is not above 0, no iteration.
+            .001, an epsilon that is not above 0, no iteration, a start that is not finite.
 
     Example:
         >>> found = transport(torch.tensor([[0.8, 0.2]]), torch.tensor([[0.5, 0.5]]), 1 - torch.eye(2))
@@ -98,7 +107,10 @@ def transport(a: Tensor, b: Tensor, cost: Tensor, *, epsilon: float = 0.05, iter
         [0.3, 0.5, 0.3, 0.0, 0.2]
     """
     a, b, cost = _checked(a, b, cost, epsilon, iterations)
-    value, plan, source, target, _ = _Transport.apply(a, b, cost, epsilon, iterations)
+    if start is not None and (start.shape != a.shape or not bool(start.isfinite().all())):
+        rule = f"is {tuple(a.shape)} and finite, one row a problem"
+        raise InputError(f"start of shape {tuple(start.shape)}", rule, "give the source potentials of a transport")
+    value, plan, source, target, _ = _Transport.apply(a, b, cost, epsilon, iterations, start)
     return Transport(value, plan, Potentials(source, target))
 
 
@@ -125,7 +137,7 @@ def sinkhorn_divergence(a: Tensor, b: Tensor, cost: Tensor, *, epsilon: float = 
     a, b, cost = _checked(a, b, cost, epsilon, iterations)
     if not torch.equal(cost, cost.T):
         raise InputError("cost", "is not symmetric, so that the divergence is not 0 for a = b", "give one cost a pair")
-    settings = (cost, epsilon, iterations)
+    settings = (cost, epsilon, iterations, None)
     both, first, second = (_Transport.apply(*pair, *settings)[4] for pair in ((a, b), (a, a), (b, b)))
     divergence: Tensor = both - (first + second) / 2
     return divergence
@@ -135,7 +147,9 @@ class _Transport(torch.autograd.Function):
     """Value, plan, potentials and dual value; gradients by the potentials."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, cost: Tensor, epsilon: float, iterations: int) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, cost: Tensor, epsilon: float, iterations: int, start: Tensor | None
+    ) -> tuple[Tensor, ...]:
         largest = float(cost.max()) if cost.numel() else 0.0
         scale = epsilon * largest
         kernel = -cost / scale if scale > 0 else torch.zeros_like(cost)
@@ -144,7 +158,8 @@ class _Transport(torch.autograd.Function):
         with torch.autocast(a.device.type, enabled=False):
             rows = [each.T.contiguous().to(torch.float64 if precise else a.dtype) for each in (a, b)]
             kernel = kernel.to(rows[0])
-            f, g = _solve(rows[0], rows[1], kernel, iterations, epsilon)
+            known = None if start is None or scale == 0 else start.detach().T.to(rows[0]) / scale
+            f, g = _solve(rows[0], rows[1], kernel, iterations, epsilon, known)
             plan = _plan(_log(rows[0]), _log(rows[1]), f, g, kernel)
             middle = f.mean(0)
             source, target = (scale * (f - middle)).T.to(a), (scale * (g + middle)).T.to(a)
@@ -161,16 +176,18 @@ class _Transport(torch.autograd.Function):
         weight = gradients[0] + gradients[4]
         towards_a = weight[:, None] * source
         towards_b = weight[:, None] * (target - target.mean(1, keepdim=True))
-        return towards_a, towards_b, torch.einsum("m,mij->ij", weight, plan), None, None
+        return towards_a, towards_b, torch.einsum("m,mij->ij", weight, plan), None, None, None
 
 
-def _solve(a: Tensor, b: Tensor, kernel: Tensor, iterations: int, epsilon: float) -> tuple[Tensor, Tensor]:
+def _solve(
+    a: Tensor, b: Tensor, kernel: Tensor, iterations: int, epsilon: float, start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Potentials (K,M) in units of eps for histograms (K,M) and log kernel (K,K) = -C / eps.
 
     A small epsilon is reached from a larger one: from far away Newton's step, cut as it is, would take too many turns.
     """
-    f = torch.zeros_like(a)
-    if epsilon < EASY_EPSILON:
+    f = torch.zeros_like(a) if start is None else start.clone()
+    if start is None and epsilon < EASY_EPSILON:
         easier = min(epsilon * COOLING, EASY_EPSILON)
         ratio = easier / epsilon
         f = _solve(a, b, kernel / ratio, iterations, easier)[0] * ratio
@@ -178,24 +195,31 @@ def _solve(a: Tensor, b: Tensor, kernel: Tensor, iterations: int, epsilon: float
     g = _answer(log_a, f, kernel.T)
     rest = torch.arange(a.shape[1], device=a.device)  # histograms that are not solved yet
     for _ in range(iterations):
-        part = (a[:, rest], b[:, rest], log_a[:, rest], log_b[:, rest], f[:, rest], g[:, rest])
-        new_f, new_g, error = _turn(*part, kernel)
-        f[:, rest], g[:, rest] = new_f, new_g
-        # the error is the one before this turn
-        rest = rest[error > TOLERANCES[a.dtype]]
+        plan = _plan(log_a[:, rest], log_b[:, rest], f[:, rest], g[:, rest], kernel)
+        lacking = a[:, rest] - plan.sum(1)
+        wrong = lacking.abs().amax(0) > TOLERANCES[a.dtype]
+        rest = rest[wrong]
         if len(rest) == 0:
             break
+        part = (a[:, rest], b[:, rest], log_a[:, rest], log_b[:, rest], f[:, rest], g[:, rest])
+        f[:, rest], g[:, rest] = _turn(*part, plan[:, :, wrong], lacking[:, wrong], kernel)
     # finite where a histogram is 0 too; columns last, so that they are exact
     f = _answer(log_b, g, kernel)
     return f, _answer(log_a, f, kernel.T)
 
 
 def _turn(
-    a: Tensor, b: Tensor, log_a: Tensor, log_b: Tensor, f: Tensor, g: Tensor, kernel: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One turn: the best of Sinkhorn's sweep and Newton's steps, and how far the rows were off before (M,)."""
-    plan = _plan(log_a, log_b, f, g, kernel)
-    lacking = a - plan.sum(1)
+    a: Tensor,
+    b: Tensor,
+    log_a: Tensor,
+    log_b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    plan: Tensor,
+    lacking: Tensor,
+    kernel: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One turn from potentials (K,M) with this plan (K,K,M): the best of Sinkhorn's sweep and Newton's steps."""
     step = _newton(plan, b, lacking)
     longest = step.abs().amax(0).clamp_min(torch.finfo(a.dtype).tiny)
     best_f = _answer(log_b, g, kernel)
@@ -209,7 +233,7 @@ def _turn(
         better = next_gain > gain
         best_f, best_g = torch.where(better, next_f, best_f), torch.where(better, next_g, best_g)
         gain = torch.where(better, next_gain, gain)
-    return best_f, best_g, lacking.abs().amax(0)
+    return best_f, best_g
 
 
 def _newton(plan: Tensor, b: Tensor, lacking: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from tissuehint.errors import InputError
 from tissuehint.model import TissueModel
 from tissuehint.slides.ahead import ahead
 from tissuehint.slides.coordinates import Placement
+from tissuehint.slides.memory import Release
 from tissuehint.slides.reader import Slide
 from tissuehint.slides.stitch import BlockSum, Waiting
 from tissuehint.slides.tiles import Tiling
@@ -34,7 +35,7 @@ CORE = 1536
 WINDOW, OVERLAP = 512, 64
 
 #: Pixels that go through the network at a time, on the CPU and on a GPU: 4 and 32 windows of 512 px.
-BATCH_PIXELS = {"cpu": 2**20, "cuda": 2**23}
+BATCH_PIXELS = {"cpu": 2**19, "cuda": 2**23}
 
 CLASSES, PROBABILITIES, JOURNAL, WAITING = "classes.zarr", "probabilities.zarr", "blocks.txt", "waiting"
 
@@ -182,6 +183,7 @@ class Mapper:
         tiling, labels = plan.tiling, model.labels
         core = tiling.core_side
         self.classes = _array(folder / CLASSES, (tiling.height, tiling.width), (core, core), None, labels.ignore)
+        self._memory: torch.Tensor | None = None  # of the sums, from block to block
         self.probabilities: Any = None
         if probabilities:
             kinds, stride = labels.num_classes, tiling.stride
@@ -206,9 +208,11 @@ class Mapper:
         tell = progress or (lambda count: None)
         tell(sum(len(self._windows(*block)) for block in done))
         todo = [block for block in self.plan.tiling.blocks() if block not in done]
+        release = Release()
         with ThreadPoolExecutor(self.readers) as pool:
             for (row, column), picture in ahead(pool, todo, self._read, self.readers + 1):
                 self._block(row, column, picture, tell)
+                release()
         return self.classes
 
     # ---- one block ------------------------------------------------------------------------------------------------
@@ -236,7 +240,8 @@ class Mapper:
         if picture is None and not left_by_others:
             self._finish(row, column)
             return
-        total = BlockSum(tiling, row, column, model.labels.num_classes, model.device)
+        total = BlockSum(tiling, row, column, model.labels.num_classes, model.device, self._memory)
+        self._memory = total.memory
         for sums in left_by_others:
             total.take(sums)
         if picture is not None:
@@ -247,8 +252,7 @@ class Mapper:
                 some = slice(start, start + self.batch_size)
                 total.add(self._maps(picture, within[some]), *corners[some].T.tolist())
                 tell(len(corners[some]))
-        shares, seen = total.mean()
-        self._write(row, column, shares, seen)
+        self._write(row, column, total)
         # before the block counts as done, so that a run that is killed here does it again
         self.waiting.leave(row, column, total.beyond())
         self._finish(row, column)
@@ -263,16 +267,16 @@ class Mapper:
             maps = F.interpolate(maps, (side, side), mode="bilinear", align_corners=False)
         return maps
 
-    def _write(self, row: int, column: int, shares: torch.Tensor, seen: torch.Tensor) -> None:
+    def _write(self, row: int, column: int, total: BlockSum) -> None:
         core = self.plan.tiling.core(row, column)
-        inside = self._tissue(row, column) & seen.cpu().numpy()
+        inside = self._tissue(row, column) & total.seen().cpu().numpy()
         if not inside.any():
             return
         rows, columns = slice(core.top, core.bottom), slice(core.left, core.right)
-        classes = _likeliest(shares).cpu().numpy()
+        classes = total.likeliest().cpu().numpy()
         self.classes[rows, columns] = np.where(inside, classes, np.uint8(self.model.labels.ignore))
         if self.probabilities is not None:
-            scaled = (shares * 255).round().to(torch.uint8).cpu().numpy()
+            scaled = (total.mean() * 255).round().to(torch.uint8).cpu().numpy()
             self.probabilities[:, rows, columns] = np.where(inside, scaled, np.uint8(0))
 
     def _tissue(self, row: int, column: int) -> NDArray[np.bool_]:
@@ -303,17 +307,6 @@ class Mapper:
             journal.write(f"{row} {column}\n")
         # the corner is the last that a block waits for; what it used is of no more use
         self.waiting.forget(row, column)
-
-
-def _likeliest(shares: torch.Tensor) -> torch.Tensor:
-    """Argmax of (K,h,w) over K as uint8; the first of equal ones. Class by class, many times faster on the CPU."""
-    best = shares[0].clone()
-    classes = torch.zeros_like(best, dtype=torch.uint8)
-    for label in range(1, len(shares)):
-        better = shares[label] > best
-        classes.masked_fill_(better, label)
-        torch.maximum(best, shares[label], out=best)
-    return classes
 
 
 def _array(

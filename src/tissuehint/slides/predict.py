@@ -20,12 +20,13 @@ from tissuehint.failures import line_about
 from tissuehint.files import atomic_path, finite, write_json
 from tissuehint.model import TissueModel
 from tissuehint.slides.coordinates import Origin
-from tissuehint.slides.export.areas import area_rows, write_areas
+from tissuehint.slides.export.areas import AreaRow, area_rows, write_areas
 from tissuehint.slides.export.geojson import write_geojson
 from tissuehint.slides.export.ome_tiff import write_ome_tiff
 from tissuehint.slides.export.overlay import write_overlay
 from tissuehint.slides.export.polygons import tissue_polygons
 from tissuehint.slides.mapping import PROBABILITIES, Mapper, MappingConfig, Plan, plan_map
+from tissuehint.slides.memory import Release
 from tissuehint.slides.reader import Slide, open_slide
 from tissuehint.slides.state import SlideState, file_hash, slide_facts, versions
 from tissuehint.slides.tissue import Tissue, TissueConfig, find_tissue
@@ -188,6 +189,8 @@ class _Prediction:
             readers=readers,
         )
         classes = mapper.run(_counted(plan, progress))
+        del mapper
+        Release(0)()
         self._export(classes, plan, thumbnail)
 
     def _tissue(self) -> Tissue:
@@ -223,15 +226,20 @@ class _Prediction:
     def _export(self, classes: Any, plan: Plan, thumbnail: Any) -> None:
         labels, placement, folder = self.model.labels, plan.placement, self.folder
         polygons = self.config.polygons
-        # compressing the pyramid leaves the interpreter to the polygons
+
+        def pictures() -> list[AreaRow]:
+            write_ome_tiff(folder / CLASSES_FILE, classes, labels, placement)
+            rows = area_rows(classes, labels, placement.um_per_px)
+            write_overlay(folder / OVERLAY_FILE, thumbnail, classes, labels, placement, self.slide.shape, areas=rows)
+            return rows
+
+        # these leave the interpreter to the polygons
         with ThreadPoolExecutor(1) as beside:
-            pyramid = beside.submit(write_ome_tiff, folder / CLASSES_FILE, classes, labels, placement)
+            painted = beside.submit(pictures)
             shapes = tissue_polygons(classes, labels, tolerance=polygons.tolerance, min_area=polygons.min_area)
             write_geojson(folder / POLYGONS_FILE, shapes, labels, placement, corner=self.slide.corner(polygons.origin))
-            pyramid.result()
-        rows = area_rows(classes, labels, placement.um_per_px)
+            rows = painted.result()
         write_areas(folder / AREAS_FILE, rows)
-        write_overlay(folder / OVERLAY_FILE, thumbnail, classes, labels, placement, self.slide.shape, areas=rows)
         self.state.areas = [
             {"class": row.name, "pixels": row.pixels, "mm2": row.mm2, "percent_of_tissue": row.percent} for row in rows
         ]

@@ -6,6 +6,7 @@ and given its slide again, which goes on with the blocks that were not done.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +118,8 @@ def _absolute(job: SlideJob) -> SlideJob:
 
 
 def _ray() -> Any:
+    # started by `uv run`, Ray would send this folder to the workers and start them with the same command line
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         import ray
     except ModuleNotFoundError:

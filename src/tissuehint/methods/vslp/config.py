@@ -135,9 +135,9 @@ class FusionConfig(BaseModel):
         proportions: how those of an image are used where they are known: ``near_hard`` (every map of the flow has
             them), ``soft`` (the term ``proportion_weight`` pixels W(mean u, pi)), or ``none``.
         proportion_weight: gamma of ``soft``.
-        areas: of the classes of an image whose proportions are not known: those of the ``confidence`` map, which stage 1
-            learned (class biases move the end of the flow), or ``free``. Left free they drift towards the larger class:
-            a map a little better, its proportions a little worse (docs/benchmarks.md).
+        areas: of the classes where the proportions of an image are not known: those of the ``confidence`` map, which
+            stage 1 learned (class biases move the end of the flow), or ``free``. Left free they drift towards the
+            larger class: a map a little better, its proportions a little worse (docs/benchmarks.md).
         regulariser: its kind and size.
         solver: ``flow``, or ``primal_dual``, the exact one for ``linear`` or ``log`` with total variation.
         steps: of the flow.

@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import shapely
+from numpy.typing import NDArray
 
 from tissuehint.files import atomic_path
 from tissuehint.labels import LabelSpace
 from tissuehint.slides.coordinates import Placement
-from tissuehint.slides.export.polygons import TissuePolygon
+from tissuehint.slides.export.polygons import Geometries, TissuePolygon
 
 DECIMALS, MORE_DECIMALS = 2, 6  # of a level-0 pixel
 AREA = "area mm2"
 PART = 10_000  # vertices that are text at a time
+BUFFER = 2**18  # bytes that are packed at a time
 
 
 def write_geojson(
@@ -40,7 +44,7 @@ def write_geojson(
 ) -> int:
     """Write polygons as a GeoJSON FeatureCollection, one feature a line, atomically.
 
-    Polygons are taken, written and forgotten one by one. Coordinates are [x, y] in level-0 pixels, rounded to 2
+    Polygons are taken, written and forgotten some at a time. Coordinates are [x, y] in level-0 pixels, rounded to 2
     decimals (6 where 2 would make a polygon invalid). In these, exterior rings turn counter-clockwise and holes
     clockwise as RFC 7946 has it; on the screen, where y goes down, it looks the other way round. The ids follow from
     the content: the same polygons give the same bytes.
@@ -59,12 +63,40 @@ def write_geojson(
     count = 0
     with atomic_path(path) as unfinished, _writing(unfinished) as file:
         file.write(b'{"type": "FeatureCollection", "features": [')
-        for count, polygon in enumerate(polygons, 1):
-            file.write(b",\n" if count > 1 else b"\n")
-            for part in _feature(polygon, count, labels, placement, corner, kind):
-                file.write(part.encode("ascii"))
+        for batch in _batches(polygons):
+            geometries = _on_slide(np.array([polygon.geometry for polygon in batch]), placement, corner)
+            codes = shapely.to_wkb(geometries, byte_order=1)
+            for polygon, geometry, code in zip(batch, geometries, codes, strict=True):
+                count += 1
+                file.write(b",\n" if count > 1 else b"\n")
+                name = labels.names[polygon.label]
+                content = hashlib.sha1(f"{count} {name} ".encode() + code)
+                identity = uuid.UUID(bytes=content.digest()[:16], version=5)
+                area = polygon.geometry.area * placement.um_per_px**2 / 1e6
+                properties = {
+                    "objectType": kind,
+                    "classification": {"name": name, "color": list(labels.colours[polygon.label])},
+                    "measurements": {AREA: float(f"{area:.6g}")},
+                    "isLocked": False,
+                }
+                for part in _feature(identity, geometry, properties):
+                    file.write(part.encode("ascii"))
         file.write(b"\n]}\n")
     return count
+
+
+def _batches(polygons: Iterable[TissuePolygon]) -> Iterator[list[TissuePolygon]]:
+    """Polygons of about ``PART`` vertices at a time."""
+    batch: list[TissuePolygon] = []
+    vertices = 0
+    for polygon in polygons:
+        batch.append(polygon)
+        vertices += int(shapely.get_num_coordinates(polygon.geometry))
+        if vertices >= PART:
+            yield batch
+            batch, vertices = [], 0
+    if batch:
+        yield batch
 
 
 @contextmanager
@@ -74,34 +106,18 @@ def _writing(path: Path) -> Iterator[IO[bytes]]:
             yield file
             return
         # no name and no time in the header: they would differ from run to run
-        with gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed:
-            yield packed  # type: ignore[misc]
+        packed = gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0)
+        # many short writes are as slow as packing them
+        with packed, io.BufferedWriter(packed, BUFFER) as buffered:
+            yield buffered
 
 
-def _feature(
-    polygon: TissuePolygon,
-    number: int,
-    labels: LabelSpace,
-    placement: Placement,
-    corner: tuple[float, float],
-    kind: str,
-) -> Iterator[str]:
+def _feature(identity: uuid.UUID, geometry: shapely.Polygon, properties: dict[str, Any]) -> Iterator[str]:
     """Text of a feature in parts: one polygon may have millions of vertices."""
-    geometry = _on_slide(polygon.geometry, placement, corner)
-    name = labels.names[polygon.label]
-    content = hashlib.sha1(f"{number} {name} ".encode() + shapely.to_wkb(geometry, byte_order=1))
-    area = polygon.geometry.area * placement.um_per_px**2 / 1e6
-    properties = {
-        "objectType": kind,
-        "classification": {"name": name, "color": list(labels.colours[polygon.label])},
-        "measurements": {AREA: float(f"{area:.6g}")},
-        "isLocked": False,
-    }
-    identity = uuid.UUID(bytes=content.digest()[:16], version=5)
     yield f'{{"type": "Feature", "id": "{identity}", "geometry": {{"type": "Polygon", "coordinates": ['
-    for count, ring in enumerate([geometry.exterior, *geometry.interiors]):
-        points = shapely.get_coordinates(ring)
-        parts = (json.dumps(points[start : start + PART].tolist())[1:-1] for start in range(0, len(points), PART))
+    points, rings = shapely.get_coordinates(shapely.get_rings(geometry), return_index=True)
+    for count, ring in enumerate(np.split(points, np.flatnonzero(np.diff(rings)) + 1)):
+        parts = (json.dumps(ring[start : start + PART].tolist())[1:-1] for start in range(0, len(ring), PART))
         yield ", [" if count else "["
         yield next(parts)
         for part in parts:
@@ -111,14 +127,17 @@ def _feature(
     yield f']}}, "properties": {json.dumps(properties)}}}'
 
 
-def _on_slide(polygon: shapely.Polygon, placement: Placement, corner: tuple[float, float]) -> shapely.Polygon:
-    """The polygon in level-0 pixels from the corner, rounded, its exterior counter-clockwise."""
-    points = shapely.get_coordinates(polygon)
-    rows, columns = placement.to_slide(points[:, 1], points[:, 0])
-    placed = np.stack([columns - corner[1], rows - corner[0]], 1)
-    for decimals in (DECIMALS, MORE_DECIMALS):
+def _on_slide(polygons: Geometries, placement: Placement, corner: tuple[float, float]) -> Geometries:
+    """Polygons (N,) in level-0 pixels from the corner, rounded, their exteriors counter-clockwise."""
+
+    def placed(points: NDArray[np.float64], decimals: int) -> NDArray[np.float64]:
+        rows, columns = placement.to_slide(points[:, 1], points[:, 0])
         # zero is added so that none is -0.0
-        rounded = shapely.set_coordinates(shapely.from_wkb(shapely.to_wkb(polygon)), np.round(placed, decimals) + 0.0)
-        if rounded.is_valid:
-            break
-    return shapely.orient_polygons(rounded)
+        return np.asarray(np.stack([columns - corner[1], rows - corner[0]], 1).round(decimals) + 0.0, np.float64)
+
+    rounded: Geometries = shapely.transform(polygons, partial(placed, decimals=DECIMALS))
+    broken = ~shapely.is_valid(rounded)
+    if broken.any():
+        rounded[broken] = shapely.transform(polygons[broken], partial(placed, decimals=MORE_DECIMALS))
+    oriented: Geometries = shapely.orient_polygons(rounded)
+    return oriented

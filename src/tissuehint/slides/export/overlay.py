@@ -18,7 +18,7 @@ from tissuehint.slides.export.class_map import ClassMap
 OPACITY = 0.5
 TISSUE_GREY = 180  # of stained tissue
 QUALITY = 90
-BAND = 2**24  # map px that are looked at at a time
+BAND = 2**22  # map px that are looked at at a time
 LEAST_PLACES = 4  # down and across under a thumbnail pixel
 FONT_SHARE, SMALLEST_FONT, LARGEST_FONT = 1 / 64, 11, 28  # of the thumbnail's width; px
 

@@ -18,17 +18,18 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 from rasterio import features
-from skimage.measure import label
 
 from tissuehint.errors import InputError
 from tissuehint.labels import IGNORE, LabelSpace
 from tissuehint.slides.ahead import ahead
 from tissuehint.slides.export.class_map import ClassMap, windows
+from tissuehint.slides.memory import Release
 
 BLOCK = 2048  # map px
 THREADS = 2  # more wait for each other, and each holds a block
 TOLERANCE = 1.5  # map px; takes most steps out of slanted outlines, and 0.2 % of the pixels change class
 MIN_AREA = 16.0  # map px; at 1 um/px less than a cell
+OUTSIDE = IGNORE - 1  # of a block; no class
 CODE, NOTHING = 256, -1  # a piece and its class in one number: CODE * piece + class
 
 Geometries = NDArray[Any]  # of shapely objects
@@ -85,7 +86,7 @@ def _polygons(
     classes: ClassMap, labels: LabelSpace, tolerance: float, min_area: float, block: int
 ) -> Iterator[TissuePolygon]:
     height, width = classes.shape
-    joints = _Joints(width, min_area)
+    joints, release = _Joints(width, min_area), Release()
 
     def cut_block(place: tuple[slice, slice]) -> _Cut:
         values = np.asarray(classes[place])
@@ -102,6 +103,7 @@ def _polygons(
                 yield TissuePolygon(cut.polygons[index], int(cut.labels[index]))
             joints.add(cut, crossing, columns, inside)
             yield from joints.finished()
+            release()
 
 
 class _Sides(NamedTuple):
@@ -114,17 +116,16 @@ class _Sides(NamedTuple):
 
 
 class _Cut(NamedTuple):
-    """A block in pieces: (h,w) piece of each pixel, from 0; polygon and class of each piece."""
+    """A block in pieces, from 0: those along its top, left, bottom and right; polygon and class of each piece."""
 
-    pieces: NDArray[np.int32]
+    frame: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
     polygons: Geometries
     labels: NDArray[np.uint8]
 
     def reaching(self, sides: _Sides) -> NDArray[np.bool_]:
         """(pieces,) whether each has a pixel in the outermost row or column of one of these sides."""
-        lines = self.pieces[0], self.pieces[:, 0], self.pieces[-1], self.pieces[:, -1]
         reached = np.zeros(len(self.labels), bool)
-        for line in itertools.compress(lines, sides):
+        for line in itertools.compress(self.frame, sides):
             reached[line] = True
         return reached
 
@@ -134,20 +135,49 @@ def _cut(values: NDArray[np.uint8], corner: tuple[int, int], tolerance: float, m
     (top, left), (height, width) = corner, values.shape
     if (values == values[0, 0]).all():  # most blocks of a slide are empty
         frame = shapely.box(left, top, left + width, top + height)
-        return _Cut(np.zeros(values.shape, np.int32), np.array([frame]), values[:1, 0])
-    # no class is -1: the background is cut too, so that its outline is one between two polygons
-    regions = label(values.astype(np.int16), connectivity=1, background=-1)  # type: ignore[no-untyped-call]
-    numbers: NDArray[np.int32] = regions.astype(np.int32)
-    found = sorted(features.shapes(numbers, connectivity=4), key=lambda item: item[1])
+        across, down = np.zeros(width, np.int64), np.zeros(height, np.int64)
+        return _Cut((across, down, across, down), np.array([frame]), values[:1, 0])
+    # the background is cut too, so that its outline is one between two polygons
+    found = list(features.shapes(values, connectivity=4))
     outlines = [shape["coordinates"] for shape, _ in found]
     rings = list(itertools.chain.from_iterable(outlines))
     points = np.array(list(itertools.chain.from_iterable(rings)), np.float64)
-    points, ends = _with_junctions(points, _offsets(rings), numbers)
+    ends, parts = _offsets(rings), _offsets(outlines)
+    # pieces in the order of their first pixels, whose upper left corners are vertices
+    first = np.minimum.reduceat(points[:, 1] * (width + 1) + points[:, 0], ends[parts[:-1]])
+    order = np.argsort(first)
+    rank = np.argsort(order)
+    frame = _frame(points, ends, rank[np.repeat(np.arange(len(parts) - 1), np.diff(parts))], values.shape)
+    points, ends = _with_junctions(points, ends, values)
     points += left, top
-    exact = shapely.from_ragged_array(shapely.GeometryType.POLYGON, points, (ends, _offsets(outlines)))
-    labels = np.empty(len(found), np.uint8)
-    labels[numbers - 1] = values
-    return _Cut(numbers - 1, _without_small_holes(_simplified(exact, tolerance), min_area), labels)
+    exact = shapely.from_ragged_array(shapely.GeometryType.POLYGON, points, (ends, parts))[order]
+    labels = np.array([value for _, value in found], np.uint8)[order]
+    return _Cut(frame, _without_small_holes(_simplified(exact, tolerance), min_area), labels)
+
+
+def _frame(
+    points: NDArray[np.float64], ends: NDArray[np.int64], pieces: NDArray[np.int64], shape: tuple[int, int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Piece of each pixel along the top, left, bottom and right of a block.
+
+    Args:
+        points: (P,2) x, y of the corners of all rings; the last one of a ring is its first.
+        ends: (R+1,) where each ring begins, and the end of the last.
+        pieces: (R,) piece of each ring.
+        shape: (height, width) of the block.
+    """
+    piece = np.repeat(pieces, np.diff(ends))[:-1]
+    start, end = points[:-1].astype(np.int64), points[1:].astype(np.int64)
+    within = np.ones(len(start), bool)
+    within[ends[1:-1] - 1] = False
+    # the outlines that run along a side cover it once
+    lines = []
+    for axis, place in ((1, 0), (0, 0), (1, shape[0]), (0, shape[1])):
+        along = within & (start[:, axis] == place) & (end[:, axis] == place)
+        one, other = start[along, 1 - axis], end[along, 1 - axis]
+        order = np.argsort(np.minimum(one, other))
+        lines.append(np.repeat(piece[along][order], np.abs(one - other)[order]))
+    return lines[0], lines[1], lines[2], lines[3]
 
 
 def _offsets(parts: list[Any]) -> NDArray[np.int64]:
@@ -156,19 +186,19 @@ def _offsets(parts: list[Any]) -> NDArray[np.int64]:
 
 
 def _with_junctions(
-    points: NDArray[np.float64], ends: NDArray[np.int64], numbers: NDArray[np.int32]
+    points: NDArray[np.float64], ends: NDArray[np.int64], values: NDArray[np.uint8]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Add a vertex to an outline wherever it goes straight on past a corner where three or four regions meet.
 
     Args:
         points: (P,2) x, y of the corners of all rings; the last one of a ring is its first.
         ends: (R+1,) where each ring begins, and the end of the last.
-        numbers: (h,w) region of each pixel, from 1.
+        values: (h,w) class of each pixel; neighbours of the same class are in the same region.
 
     Returns:
         ``points`` and ``ends`` with the added vertices.
     """
-    padded = np.pad(numbers, 1)
+    padded = np.pad(values, 1, constant_values=OUTSIDE)
     across, down = padded[:, 1:] != padded[:, :-1], padded[1:] != padded[:-1]
     meeting = across[1:].astype(np.uint8) + across[:-1] + down[:, 1:] + down[:, :-1] >= 3
     corners = points.astype(np.int32)
@@ -240,11 +270,11 @@ class _Joints:
             self._parents[code] = code
             self._regions[code] = [(code, piece)]
         if inside.top:
-            self._join(self._above[columns], codes[cut.pieces[0]])
+            self._join(self._above[columns], codes[cut.frame[0]])
         if inside.left:
-            self._join(self._beside, codes[cut.pieces[:, 0]])
-        self._above[columns] = codes[cut.pieces[-1]] if inside.bottom else NOTHING
-        self._beside = codes[cut.pieces[:, -1]] if inside.right else self._beside[:0]
+            self._join(self._beside, codes[cut.frame[1]])
+        self._above[columns] = codes[cut.frame[2]] if inside.bottom else NOTHING
+        self._beside = codes[cut.frame[3]] if inside.right else self._beside[:0]
 
     def finished(self) -> Iterator[TissuePolygon]:
         """Whole regions that no block to come can reach, in the order in which they began; they are forgotten."""
