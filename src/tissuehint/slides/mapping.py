@@ -34,7 +34,7 @@ CORE = 1536
 #: Windows without a grid in the model.
 WINDOW, OVERLAP = 512, 64
 
-#: Pixels that go through the network at a time, on the CPU and on a GPU: 4 and 32 windows of 512 px.
+#: Pixels that go through the network at a time, on the CPU and on a GPU: 2 and 32 windows of 512 px.
 BATCH_PIXELS = {"cpu": 2**19, "cuda": 2**23}
 
 CLASSES, PROBABILITIES, JOURNAL, WAITING = "classes.zarr", "probabilities.zarr", "blocks.txt", "waiting"
