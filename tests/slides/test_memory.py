@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tissuehint.slides import memory
-from tissuehint.slides.memory import Release
+from tissuehint.slides.memory import PacedRelease, release_memory
 
 GNU = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim")
 
@@ -15,7 +15,7 @@ GNU = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim")
 HOLES = """
 from pathlib import Path
 import numpy as np
-from tissuehint.slides.memory import Release
+from tissuehint.slides.memory import release_memory
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -27,7 +27,7 @@ full = resident() - before
 last = arrays[-1]
 del arrays
 held = resident() - before
-assert Release(0)()
+assert release_memory()
 print(full, held, resident() - before)
 """
 
@@ -45,7 +45,7 @@ class TestRelease:
     def test_not_more_often_than_asked(self, monkeypatch):
         clock = [100.0]
         monkeypatch.setattr(memory.time, "monotonic", lambda: clock[0])
-        release = Release(2.0)
+        release = PacedRelease(2.0)
         told = []
         for clock[0] in (101.0, 102.5, 103.0, 104.0, 104.6):
             told.append(release())
@@ -54,4 +54,4 @@ class TestRelease:
 
 def test_other_libraries_give_back_by_themselves(monkeypatch):
     monkeypatch.setattr(memory, "_trim", lambda: None)
-    assert not Release(0)()
+    assert not release_memory()

@@ -17,7 +17,7 @@ Filter = Callable[[Tensor], Tensor]
 PROBABILITY_FLOOR = 1e-5  # as pydensecrf's unary_from_softmax
 # A kernel matrix of so many pixels (64 x 64) is 64 MiB in single precision; "auto" takes the grid for more.
 EXACT_PIXELS = 64 * 64
-KERNEL_NUMBERS = 2**26  # entries of kernel matrices that are kept at a time; more are computed anew when needed
+KERNEL_NUMBERS = 2**24  # entries of kernel matrices kept at a time (more are slower); the rest is computed anew
 GRID_PIXELS = 2**18  # pixels whose corners are kept at a time: about 100 MiB
 TABLE_NUMBERS = 2**26  # entries of the grid that are filtered at a time
 # Cells of colour of 0.8 would halve the error, by half as much time again.

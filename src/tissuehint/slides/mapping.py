@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tissuehint.errors import InputError
 from tissuehint.model import TissueModel
 from tissuehint.slides.ahead import ahead
 from tissuehint.slides.coordinates import Placement
-from tissuehint.slides.memory import Release
+from tissuehint.slides.memory import PacedRelease
 from tissuehint.slides.reader import Slide
 from tissuehint.slides.stitch import BlockSum, Waiting
 from tissuehint.slides.tiles import Tiling
@@ -183,7 +183,7 @@ class Mapper:
         tiling, labels = plan.tiling, model.labels
         core = tiling.core_side
         self.classes = _array(folder / CLASSES, (tiling.height, tiling.width), (core, core), None, labels.ignore)
-        self._memory: torch.Tensor | None = None  # of the sums, from block to block
+        self._spare: list[torch.Tensor] = []  # memory of sums, from block to block
         self.probabilities: Any = None
         if probabilities:
             kinds, stride = labels.num_classes, tiling.stride
@@ -208,11 +208,18 @@ class Mapper:
         tell = progress or (lambda count: None)
         tell(sum(len(self._windows(*block)) for block in done))
         todo = [block for block in self.plan.tiling.blocks() if block not in done]
-        release = Release()
-        with ThreadPoolExecutor(self.readers) as pool:
-            for (row, column), picture in ahead(pool, todo, self._read, self.readers + 1):
-                self._block(row, column, picture, tell)
+        release = PacedRelease()
+        # reading runs ahead and writing behind, so that the network does not wait for either
+        with ThreadPoolExecutor(self.readers) as pool, ThreadPoolExecutor(1) as behind:
+            writing: Future[None] | None = None
+            for block, picture in ahead(pool, todo, self._read, self.readers + 1):
+                total = None if picture is None else self._computed(*block, picture, tell)
+                if writing is not None:
+                    writing.result()
+                writing = behind.submit(self._written, *block, total)
                 release()
+            if writing is not None:
+                writing.result()
         return self.classes
 
     # ---- one block ------------------------------------------------------------------------------------------------
@@ -234,28 +241,38 @@ class Mapper:
         return self.slide.read(box, self.plan.placement.um_per_px)
 
     @torch.no_grad()
-    def _block(self, row: int, column: int, picture: NDArray[np.uint8] | None, tell: Callable[[int], None]) -> None:
-        tiling, model = self.plan.tiling, self.model
+    def _computed(self, row: int, column: int, picture: NDArray[np.uint8], tell: Callable[[int], None]) -> BlockSum:
+        """What the windows of a block say."""
+        tiling = self.plan.tiling
+        total = self._empty(row, column)
+        windows = self._windows(row, column)
+        corners = windows * tiling.stride
+        within = corners - corners.min(0)
+        for start in range(0, len(windows), self.batch_size):
+            some = slice(start, start + self.batch_size)
+            total.add(self._maps(picture, within[some]), *corners[some].T.tolist())
+            tell(len(corners[some]))
+        return total
+
+    @torch.no_grad()
+    def _written(self, row: int, column: int, total: BlockSum | None) -> None:
+        """Write a block, with what earlier blocks left for it; it must be the turn of it."""
         left_by_others = self.waiting.fetch(row, column)
-        if picture is None and not left_by_others:
-            self._finish(row, column)
-            return
-        total = BlockSum(tiling, row, column, model.labels.num_classes, model.device, self._memory)
-        self._memory = total.memory
-        for sums in left_by_others:
-            total.take(sums)
-        if picture is not None:
-            windows = self._windows(row, column)
-            corners = windows * tiling.stride
-            within = corners - corners.min(0)
-            for start in range(0, len(windows), self.batch_size):
-                some = slice(start, start + self.batch_size)
-                total.add(self._maps(picture, within[some]), *corners[some].T.tolist())
-                tell(len(corners[some]))
-        self._write(row, column, total)
-        # before the block counts as done, so that a run that is killed here does it again
-        self.waiting.leave(row, column, total.beyond())
+        if left_by_others and total is None:
+            total = self._empty(row, column)
+        if total is not None:
+            for sums in left_by_others:
+                total.take(sums)
+            self._write(row, column, total)
+            # before the block counts as done, so that a run that is killed here does it again
+            self.waiting.leave(row, column, total.beyond())
+            self._spare.append(total.memory)
         self._finish(row, column)
+
+    def _empty(self, row: int, column: int) -> BlockSum:
+        """In the memory of a block that is done, where there is one."""
+        memory = self._spare.pop() if self._spare else None
+        return BlockSum(self.plan.tiling, row, column, self.model.labels.num_classes, self.model.device, memory)
 
     def _maps(self, picture: NDArray[np.uint8], corners: NDArray[np.int64]) -> torch.Tensor:
         """(N,K,side,side) of windows at corners (N,2) of a picture."""

@@ -26,7 +26,7 @@ from tissuehint.slides.export.ome_tiff import write_ome_tiff
 from tissuehint.slides.export.overlay import write_overlay
 from tissuehint.slides.export.polygons import tissue_polygons
 from tissuehint.slides.mapping import PROBABILITIES, Mapper, MappingConfig, Plan, plan_map
-from tissuehint.slides.memory import Release
+from tissuehint.slides.memory import release_memory
 from tissuehint.slides.reader import Slide, open_slide
 from tissuehint.slides.state import SlideState, file_hash, slide_facts, versions
 from tissuehint.slides.tissue import Tissue, TissueConfig, find_tissue
@@ -190,7 +190,7 @@ class _Prediction:
         )
         classes = mapper.run(_counted(plan, progress))
         del mapper
-        Release(0)()
+        release_memory()
         self._export(classes, plan, thumbnail)
 
     def _tissue(self) -> Tissue:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from tissuehint.labels import LabelSpace
 from tissuehint.slides.coordinates import Placement
 from tissuehint.slides.export import overlay
 from tissuehint.slides.export.areas import AreaRow
+from tissuehint.slides.export.class_map import windows
 from tissuehint.slides.export.overlay import classes_of_thumbnail, legend, write_overlay
 
 SLIDE = (3000, 4000)
@@ -76,27 +78,30 @@ class TestRegistration:
         assert (beyond == 255).all()
 
     @pytest.mark.parametrize("seed", range(3))
-    @pytest.mark.parametrize("band", [1, 500, 2**24])
-    def test_the_most_frequent_class_wins(self, seed, band, monkeypatch):
-        monkeypatch.setattr(overlay, "BAND", band)
-        values = np.random.default_rng(seed).choice(np.array([0, 1, 2, 3, 255], np.uint8), (35, 42))
-        found = classes_of_thumbnail(values, LABELS, Placement(1.0, 2.0), (70, 84), (5, 6))
+    @pytest.mark.parametrize("side", [1, 7, 2048])
+    def test_the_most_frequent_class_wins(self, seed, side, monkeypatch):
+        monkeypatch.setattr(overlay, "windows", partial(windows, side=side))
+        values = np.random.default_rng(seed).choice(np.array([0, 1, 2, 3, 255], np.uint8), (20, 24))
+        found = classes_of_thumbnail(values, LABELS, Placement(1.0, 2.0), (40, 48), (5, 6))
         for row, column in np.ndindex(5, 6):
-            counts = Counter(values[7 * row : 7 * row + 7, 7 * column : 7 * column + 7].reshape(-1).tolist())
+            counts = Counter(values[4 * row : 4 * row + 4, 4 * column : 4 * column + 4].reshape(-1).tolist())
             assert counts[int(found[row, column])] == max(counts.values())
 
     def test_a_thumbnail_pixel_may_hold_many_map_pixels(self):
-        values = np.full((600, 900), 1, np.uint8)
+        # four ninths of each 300 x 300 are stroma, and 9 of its 16 places
+        values = np.zeros((600, 900), np.uint8)
+        rows, columns = np.ogrid[:600, :900]
+        values[(rows % 300 < 200) & (columns % 300 < 200)] = 1
         found = classes_of_thumbnail(values, LABELS, Placement(1.0, 1.0), (600, 900), (2, 3))
         assert (found == 1).all()
 
-    def test_the_map_is_read_in_bands(self, monkeypatch):
-        monkeypatch.setattr(overlay, "BAND", 2**14)
+    def test_each_window_of_the_map_is_read_once(self, monkeypatch):
+        monkeypatch.setattr(overlay, "windows", partial(windows, side=100))
         values = blobs(512)
-        watched = Watched(values, 2**14)
+        watched = Watched(values, 100**2)
         found = classes_of_thumbnail(watched, LABELS, Placement(1.0, 1.0), (512, 512), (64, 64))
         assert (found == classes_of_thumbnail(values, LABELS, Placement(1.0, 1.0), (512, 512), (64, 64))).all()
-        assert len(watched.windows) == 16
+        assert len(watched.windows) == 36
 
 
 class TestPicture:

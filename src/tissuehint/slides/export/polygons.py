@@ -23,7 +23,7 @@ from tissuehint.errors import InputError
 from tissuehint.labels import IGNORE, LabelSpace
 from tissuehint.slides.ahead import ahead
 from tissuehint.slides.export.class_map import ClassMap, windows
-from tissuehint.slides.memory import Release
+from tissuehint.slides.memory import PacedRelease
 
 BLOCK = 2048  # map px
 THREADS = 2  # more wait for each other, and each holds a block
@@ -86,7 +86,7 @@ def _polygons(
     classes: ClassMap, labels: LabelSpace, tolerance: float, min_area: float, block: int
 ) -> Iterator[TissuePolygon]:
     height, width = classes.shape
-    joints, release = _Joints(width, min_area), Release()
+    joints, release = _Joints(width, min_area), PacedRelease()
 
     def cut_block(place: tuple[slice, slice]) -> _Cut:
         values = np.asarray(classes[place])
