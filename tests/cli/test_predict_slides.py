@@ -17,6 +17,7 @@ from PIL import Image
 
 from tissuehint.data.phantom_slide import write_phantom_slide
 from tissuehint.model import TissueModel
+from tissuehint.slides import predict as slide_predict
 from tissuehint.slides.export import ome_tiff
 
 FILES = {"classes.ome.tif", "tissue.geojson.gz", "areas.csv", "thumbnail.jpg", "overlay.jpg"}
@@ -74,6 +75,14 @@ class TestASlide:
         assert state["slide"]["um_per_px"] == pytest.approx(0.5)
         assert "torch" in state["versions"]
         assert set(state["outputs"]) == {*FILES, "probabilities.zarr"} - {"slide.json"}
+
+    @pytest.mark.parametrize(("side", "width"), [(150, 130), (200, 200)])
+    def test_a_level_that_is_nearly_of_its_size_serves_as_thumbnail(self, predict, scans, monkeypatch, side, width):
+        write_phantom_slide(scans / "levels.svs", 400, 520, levels=(1, 4), blank=0.2)
+        monkeypatch.setattr(slide_predict, "THUMBNAIL_SIDE", side)
+        assert predict(scans / "levels.svs").code == 0
+        for name in ("thumbnail.jpg", "overlay.jpg"):
+            assert Image.open(predict.out / "levels" / name).width == width
 
     def test_map_is_that_of_the_model(self, predict, scans, tiny_run):
         import zarr

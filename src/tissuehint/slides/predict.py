@@ -33,7 +33,7 @@ from tissuehint.slides.tissue import Tissue, TissueConfig, find_tissue
 
 WORK = ".work"
 PLAN_FILE = "plan.json"
-THUMBNAIL_SIDE = 2048
+THUMBNAIL_SIDE, SMALLER = 2048, 0.75  # px; share of it down to which a level of the slide serves as it is
 
 CLASSES_FILE, POLYGONS_FILE, AREAS_FILE = "classes.ome.tif", "tissue.geojson.gz", "areas.csv"
 THUMBNAIL_FILE, OVERLAY_FILE, OUTLINE_FILE = "thumbnail.jpg", "overlay.jpg", "tissue_mask.geojson"
@@ -171,7 +171,7 @@ class _Prediction:
             "um_per_px": slide.um_per_px,
             "bounds": [slide.bounds.top, slide.bounds.left, slide.bounds.height, slide.bounds.width],
         }
-        thumbnail = slide.thumbnail(THUMBNAIL_SIDE)
+        thumbnail = slide.thumbnail(_thumbnail_side(slide))
         self._picture(THUMBNAIL_FILE, thumbnail)
         tissue = self._tissue()
         plan = plan_map(self.model, slide, tissue, self.config.mapping)
@@ -254,6 +254,12 @@ class _Prediction:
     def _picture(self, name: str, picture: Any) -> None:
         with atomic_path(self.folder / name) as part:
             Image.fromarray(picture).save(part, format="JPEG", quality=90)
+
+
+def _thumbnail_side(slide: Slide) -> int:
+    """That of a level where one is nearly right: to make 2048 px of 2000, four or sixteen times as many are read."""
+    sides = [max(level.height, level.width) for level in slide.levels]
+    return max((side for side in sides if SMALLER * THUMBNAIL_SIDE <= side <= THUMBNAIL_SIDE), default=THUMBNAIL_SIDE)
 
 
 def _settings(job: SlideJob, config: SlideConfig) -> dict[str, Any]:
