@@ -15,8 +15,8 @@ from tissuehint.errors import InputError
 Filter = Callable[[Tensor], Tensor]
 
 PROBABILITY_FLOOR = 1e-5  # as pydensecrf's unary_from_softmax
-# A kernel matrix of so many pixels (64 x 64) is 64 MiB in single precision; "auto" takes the grid for more.
-EXACT_PIXELS = 64 * 64
+# "auto" takes the grid for more: at 56 x 56 pixels it is several times faster.
+EXACT_PIXELS = 32 * 32
 KERNEL_NUMBERS = 2**24  # entries of kernel matrices kept at a time (more are slower); the rest is computed anew
 GRID_PIXELS = 2**18  # pixels whose corners are kept at a time: about 100 MiB
 TABLE_NUMBERS = 2**26  # entries of the grid that are filtered at a time
@@ -59,7 +59,7 @@ def dense_crf(
     linearly from pixels to a grid over place and colour and back, in time and memory linear in the pixels: dense in
     place, but with only those cells of colour that the image has. Both interpolations widen the kernel, by the variance
     :math:`2 f (1 - f)` along an axis for pixels at the fraction f of a cell; the kernel between the cells is narrower
-    by its mean, without which many more pixels get another class. ``"auto"`` is exact up to 64 x 64 pixels.
+    by its mean, without which many more pixels get another class. ``"auto"`` is exact up to 32 x 32 pixels.
 
     Krähenbühl and Koltun, Efficient inference in fully connected CRFs with Gaussian edge potentials, NIPS 2011,
     algorithm 1 and Eq. 3.
