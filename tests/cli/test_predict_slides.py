@@ -17,6 +17,7 @@ from PIL import Image
 
 from tissuehint.data.phantom_slide import write_phantom_slide
 from tissuehint.model import TissueModel
+from tissuehint.slides import mapping
 from tissuehint.slides import predict as slide_predict
 from tissuehint.slides.export import ome_tiff
 
@@ -297,6 +298,11 @@ class TestBadInput:
         predict(tmp_path / "empty").refused("holds no image and no slide")
 
 
+def unwritable(path, classes, *words, **names):
+    assert classes[:64, :64].shape == (64, 64)
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
 class TestGoingOn:
     def test_a_killed_command_ends_as_one_that_was_not(self, predict, command, scans, tiny_run, tmp_path):
         """kill -9 of the real command, at several moments; then the same command again."""
@@ -332,6 +338,31 @@ class TestGoingOn:
             assert (out / "c" / name).read_bytes() == (tmp_path / "whole" / "c" / name).read_bytes(), name
         assert record(out / "c")["attempts"] > 1
         assert not (out / "c" / ".work").exists()
+
+    def test_unfinished_files_of_a_killed_attempt_are_removed(self, predict, scans):
+        folder = predict.out / "a"
+        folder.mkdir(parents=True)
+        (folder / ".classes.ome.abcdefgh.part.tif").write_bytes(b"half")
+        assert predict(scans / "a.svs").code == 0
+        assert {file.name for file in folder.iterdir()} == FILES
+
+    def test_what_goes_wrong_beside_the_network_ends_it(self, predict, scans, monkeypatch):
+        """A picture that cannot be written is not found out about after hours of computing."""
+        monkeypatch.setattr(slide_predict, "write_ome_tiff", unwritable)
+        monkeypatch.setattr(mapping, "CORE", 64)
+        whole, done = mapping.Mapper._written, []
+
+        def written(self, *words):
+            whole(self, *words)
+            done.append(words)
+            time.sleep(0.05)
+
+        monkeypatch.setattr(mapping.Mapper, "_written", written)
+        outcome = predict(scans / "a.svs", "--window", "64", "--overlap", "32", "--batch-size", "1")
+        assert outcome.code == 2
+        assert "classes.ome.tif: the disk is full" in outcome.err
+        assert 0 < len(done) < 20
+        assert not (predict.out / "a" / "tissue.geojson.gz").exists()
 
     def test_probabilities_survive_a_kill_at_the_very_end(self, predict, scans, monkeypatch):
         import zarr

@@ -1,5 +1,7 @@
 """The map of a slide is what the model says of its pixels, wherever blocks and windows end, and after any kill."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -13,8 +15,17 @@ from tissuehint.errors import InputError
 from tissuehint.labels import LabelSpace
 from tissuehint.model import TissueModel
 from tissuehint.slides import mapping
-from tissuehint.slides.mapping import CLASSES, JOURNAL, Mapper, MappingConfig, plan_map
+from tissuehint.slides.mapping import (
+    CLASSES,
+    JOURNAL,
+    GrowingMap,
+    Mapper,
+    MappingConfig,
+    UnfinishedError,
+    plan_map,
+)
 from tissuehint.slides.reader import open_slide
+from tissuehint.slides.tiles import Tiling
 
 LABELS = LabelSpace(("red", "green", "blue"))
 
@@ -277,3 +288,88 @@ class TestRefusals:
             plan = plan_map(colour_model(), slide, Everywhere(), MappingConfig(window=32))
         assert (plan.placement.top, plan.placement.left) == (30, 20)
         assert (plan.tiling.height, plan.tiling.width) == (100, 50)
+
+
+class Known:
+    """A map that remembers what was done of it when it was read."""
+
+    chunks = (64, 64)
+
+    def __init__(self, values):
+        self.values, self.shape, self.reads = values, values.shape, []
+
+    def __getitem__(self, key):
+        self.reads.append(key)
+        return self.values[key]
+
+
+class TestAMapThatGrows:
+    # 2 x 3 blocks of 64 px; the lower ones reach to the end, 90 px
+    tiling = Tiling(154, 164, side=64, stride=32, block=2)
+    values = np.random.default_rng(0).integers(0, 3, (154, 164)).astype(np.uint8)
+
+    def grown(self, *blocks):
+        known = Known(self.values)
+        growing = GrowingMap(known, self.tiling)
+        growing.add(blocks)
+        return growing, known
+
+    def test_what_is_done_is_there(self):
+        growing, _ = self.grown((0, 0), (0, 1))
+        assert (self.tiling.block_rows, self.tiling.block_columns) == (2, 3)
+        for key in (np.s_[0:64, 0:64], np.s_[10:20, 60:128], np.s_[0:1, 0:128], np.s_[64:64, 0:164]):
+            assert (growing[key] == self.values[key]).all()
+
+    @pytest.mark.parametrize(
+        ("key", "late"),
+        [
+            (np.s_[0:65, 0:64], (1, 0)),
+            (np.s_[0:10, 127:129], (0, 2)),
+            (np.s_[130:154, 150:164], (1, 2)),
+            (np.s_[0:200, 0:200], (1, 1)),
+        ],
+    )
+    def test_what_is_not_done_is_waited_for(self, key, late):
+        growing, known = self.grown(*(block for block in self.tiling.blocks() if block != late))
+        with ThreadPoolExecutor(1) as pool:
+            read = pool.submit(lambda: growing[key])
+            with pytest.raises(TimeoutError):
+                read.result(timeout=0.1)
+            assert not known.reads
+            growing.add([late])
+            assert (read.result(timeout=20) == self.values[key]).all()
+
+    def test_giving_up_ends_the_waiting_alone(self):
+        growing, known = self.grown((0, 0))
+        with ThreadPoolExecutor(1) as pool:
+            started = threading.Event()
+
+            def read():
+                started.set()
+                return growing[0:64, 0:65]
+
+            waiting = pool.submit(read)
+            started.wait(20)
+            growing.give_up()
+            with pytest.raises(UnfinishedError):
+                waiting.result(timeout=20)
+        assert not known.reads
+        assert (growing[0:64, 0:64] == self.values[:64, :64]).all()
+
+    def test_of_a_slide(self, slide_file, tmp_path, monkeypatch):
+        """Read block by block while it is computed, it is the map."""
+        read = {}
+        whole = GrowingMap.add
+
+        def add(self, blocks):
+            whole(self, blocks)
+            for row, column in blocks:
+                core = self._tiling.core(row, column)
+                rows, columns = slice(core.top, core.bottom), slice(core.left, core.right)
+                read[row, column] = rows, columns, self[rows, columns]
+
+        monkeypatch.setattr(GrowingMap, "add", add)
+        classes, _, plan = run(colour_model(), slide_file, tmp_path / "map")
+        assert set(read) == set(plan.tiling.blocks())
+        for rows, columns, part in read.values():
+            assert (part == classes[rows, columns]).all()

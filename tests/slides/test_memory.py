@@ -42,6 +42,18 @@ class TestRelease:
         assert held > 0.8 * full
         assert left < 0.2 * full
 
+    def test_threads_share_a_heap(self):
+        script = "import threading, ctypes\n"
+        script += "from tissuehint.slides.memory import one_heap\n"
+        script += "assert one_heap()\n"
+        script += "import numpy as np\n"
+        script += "kept = []\n"
+        script += "work = [threading.Thread(target=lambda: kept.append(np.ones(50_000))) for _ in range(8)]\n"
+        script += "[one.start() for one in work]; [one.join() for one in work]\n"
+        script += "ctypes.CDLL(None).malloc_stats()\n"
+        found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+        assert found.stderr.count("Arena") == 1
+
     def test_not_more_often_than_asked(self, monkeypatch):
         clock = [100.0]
         monkeypatch.setattr(memory.time, "monotonic", lambda: clock[0])

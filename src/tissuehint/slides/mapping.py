@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +152,63 @@ def plan_map(model: TissueModel, slide: Slide, tissue: Tissue, config: MappingCo
     return Plan(placement, tiling, seen, shares > 0)
 
 
+class UnfinishedError(RuntimeError):
+    """A map was given up before the pixels that somebody waited for were computed."""
+
+
+class GrowingMap:
+    """A class map while it is computed, for other threads: pixels are there when the blocks that they lie in are done.
+
+    Args:
+        classes: (H,W), what is done of it.
+        tiling: its blocks.
+
+    Raises:
+        UnfinishedError: by reading, when the map was given up.
+    """
+
+    def __init__(self, classes: Any, tiling: Tiling) -> None:
+        self.shape: tuple[int, ...] = classes.shape
+        self.chunks: tuple[int, ...] = classes.chunks
+        self._classes, self._tiling = classes, tiling
+        self._done: set[tuple[int, int]] = set()
+        self._given_up = False
+        self._changed = threading.Condition()
+
+    def __getitem__(self, key: tuple[slice, slice], /) -> Any:
+        rows, columns = key
+        tiling = self._tiling
+        needed = set(
+            itertools.product(
+                _blocks(rows, tiling.height, tiling.core_side, tiling.block_rows),
+                _blocks(columns, tiling.width, tiling.core_side, tiling.block_columns),
+            )
+        )
+        with self._changed:
+            self._changed.wait_for(lambda: self._given_up or needed <= self._done)
+            if not needed <= self._done:
+                raise UnfinishedError("the map was given up")
+        return self._classes[key]
+
+    def add(self, blocks: Iterable[tuple[int, int]]) -> None:
+        """These are done."""
+        with self._changed:
+            self._done.update(blocks)
+            self._changed.notify_all()
+
+    def give_up(self) -> None:
+        """No more will come; nothing happens to a map that is finished."""
+        with self._changed:
+            self._given_up = True
+            self._changed.notify_all()
+
+
+def _blocks(pixels: slice, length: int, core: int, count: int) -> range:
+    """Blocks along one axis in which a slice of pixels lies."""
+    start, stop, _ = pixels.indices(length)
+    return range(min(start // core, count - 1), min((stop - 1) // core, count - 1) + 1 if stop > start else 0)
+
+
 class Mapper:
     """Computes the map of one slide into a folder.
 
@@ -183,6 +242,8 @@ class Mapper:
         tiling, labels = plan.tiling, model.labels
         core = tiling.core_side
         self.classes = _array(folder / CLASSES, (tiling.height, tiling.width), (core, core), None, labels.ignore)
+        #: what other threads may read while it is computed
+        self.growing = GrowingMap(self.classes, tiling)
         self._spare: list[torch.Tensor] = []  # memory of sums, from block to block
         self.probabilities: Any = None
         if probabilities:
@@ -205,6 +266,7 @@ class Mapper:
             The class map, a zarr array (H,W) uint8.
         """
         done = self._done()
+        self.growing.add(done)
         tell = progress or (lambda count: None)
         tell(sum(len(self._windows(*block)) for block in done))
         todo = [block for block in self.plan.tiling.blocks() if block not in done]
@@ -322,6 +384,7 @@ class Mapper:
     def _finish(self, row: int, column: int) -> None:
         with (self.folder / JOURNAL).open("a", encoding="ascii") as journal:
             journal.write(f"{row} {column}\n")
+        self.growing.add([(row, column)])
         # the corner is the last that a block waits for; what it used is of no more use
         self.waiting.forget(row, column)
 

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,12 +21,13 @@ from tissuehint.files import atomic_path, finite, write_json
 from tissuehint.model import TissueModel
 from tissuehint.slides.coordinates import Origin
 from tissuehint.slides.export.areas import AreaRow, area_rows, write_areas
+from tissuehint.slides.export.class_map import ClassMap
 from tissuehint.slides.export.geojson import write_geojson
 from tissuehint.slides.export.ome_tiff import write_ome_tiff
 from tissuehint.slides.export.overlay import write_overlay
 from tissuehint.slides.export.polygons import tissue_polygons
 from tissuehint.slides.mapping import PROBABILITIES, Mapper, MappingConfig, Plan, plan_map
-from tissuehint.slides.memory import release_memory
+from tissuehint.slides.memory import one_heap, release_memory
 from tissuehint.slides.reader import Slide, open_slide
 from tissuehint.slides.state import SlideState, file_hash, slide_facts, versions
 from tissuehint.slides.tissue import Tissue, TissueConfig, find_tissue
@@ -128,6 +129,7 @@ def predict_slide(
         return earlier
     if earlier is not None and earlier.state == "done":
         _remove(job.folder, earlier.outputs)  # of another slide or other settings: old and new never stand side by side
+    one_heap()
     started = time.monotonic()
     state = SlideState(
         name=job.folder.name,
@@ -188,10 +190,18 @@ class _Prediction:
             batch_size=batch_size,
             readers=readers,
         )
-        classes = mapper.run(_counted(plan, progress))
-        del mapper
-        release_memory()
-        self._export(classes, plan, thumbnail)
+        # the map is painted while it is computed; cutting polygons beside the network would take more memory
+        with ThreadPoolExecutor(1) as beside:
+            classes, growing = mapper.classes, mapper.growing
+            painted = beside.submit(self._pictures, growing, plan, thumbnail)
+            try:
+                mapper.run(_counted(plan, progress, painted))
+                del mapper
+                release_memory()
+                self._polygons(classes, plan)
+            finally:
+                growing.give_up()
+            self._finish(painted.result())
 
     def _tissue(self) -> Tissue:
         """Found, or as it was drawn; written beside the results, so that it can be looked at and mended."""
@@ -209,6 +219,8 @@ class _Prediction:
     def _enter_work(self) -> None:
         """A folder for what is not finished; that of an earlier attempt, if it made the same map."""
         work = self.folder / WORK
+        for part in self.folder.glob(".*.part.*"):
+            part.unlink(missing_ok=True)  # of an attempt that was killed
         wanted = finite({"slide": self.state.slide, "model": self.state.model["sha256"], "map": self.state.map})
         wanted |= {"settings": self.state.settings}
         try:
@@ -223,22 +235,22 @@ class _Prediction:
             work.mkdir(parents=True)
             write_json(work / PLAN_FILE, wanted)
 
-    def _export(self, classes: Any, plan: Plan, thumbnail: Any) -> None:
+    def _pictures(self, classes: ClassMap, plan: Plan, thumbnail: Any) -> list[AreaRow]:
+        """The map as an image, its areas, and the thumbnail with its colours."""
         labels, placement, folder = self.model.labels, plan.placement, self.folder
-        polygons = self.config.polygons
+        write_ome_tiff(folder / CLASSES_FILE, classes, labels, placement)
+        rows = area_rows(classes, labels, placement.um_per_px)
+        write_overlay(folder / OVERLAY_FILE, thumbnail, classes, labels, placement, self.slide.shape, areas=rows)
+        return rows
 
-        def pictures() -> list[AreaRow]:
-            write_ome_tiff(folder / CLASSES_FILE, classes, labels, placement)
-            rows = area_rows(classes, labels, placement.um_per_px)
-            write_overlay(folder / OVERLAY_FILE, thumbnail, classes, labels, placement, self.slide.shape, areas=rows)
-            return rows
+    def _polygons(self, classes: ClassMap, plan: Plan) -> None:
+        labels, settings = self.model.labels, self.config.polygons
+        shapes = tissue_polygons(classes, labels, tolerance=settings.tolerance, min_area=settings.min_area)
+        corner = self.slide.corner(settings.origin)
+        write_geojson(self.folder / POLYGONS_FILE, shapes, labels, plan.placement, corner=corner)
 
-        # these leave the interpreter to the polygons
-        with ThreadPoolExecutor(1) as beside:
-            painted = beside.submit(pictures)
-            shapes = tissue_polygons(classes, labels, tolerance=polygons.tolerance, min_area=polygons.min_area)
-            write_geojson(folder / POLYGONS_FILE, shapes, labels, placement, corner=self.slide.corner(polygons.origin))
-            rows = painted.result()
+    def _finish(self, rows: list[AreaRow]) -> None:
+        folder = self.folder
         write_areas(folder / AREAS_FILE, rows)
         self.state.areas = [
             {"class": row.name, "pixels": row.pixels, "mm2": row.mm2, "percent_of_tissue": row.percent} for row in rows
@@ -294,13 +306,15 @@ def _record_failure(state: SlideState, error: Exception, folder: Path, started: 
         state.write(folder)
 
 
-def _counted(plan: Plan, progress: Progress | None) -> Callable[[int], None]:
-    """Adds up the windows that are done."""
+def _counted(plan: Plan, progress: Progress | None, beside: Future[Any]) -> Callable[[int], None]:
+    """Adds up the windows that are done; what went wrong beside them ends them."""
     done, total = 0, plan.windows
 
     def tell(count: int) -> None:
         nonlocal done
         done += count
+        if beside.done():
+            beside.result()
         if progress is not None:
             progress(done, total)
 
