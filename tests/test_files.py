@@ -57,6 +57,21 @@ class TestAtomicPath:
         assert names(tmp_path) == (["scores.json"] if old else [])
         assert not old or target.read_text() == old
 
+    def test_a_library_that_does_not_say_that_the_disk_is_full(self, tmp_path, monkeypatch):
+        """numpy's error has no number."""
+
+        def write():
+            with atomic_path(tmp_path / "a.npy"):
+                raise OSError("25600 requested and 1234 written")
+
+        with pytest.raises(OSError, match="25600 requested"):
+            write()
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4096))
+        with pytest.raises(OSError, match="No space left") as caught:
+            write()
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "a.npy"))
+        assert names(tmp_path) == []
+
     def test_a_failing_rename_leaves_nothing(self, tmp_path, monkeypatch):
         monkeypatch.setattr(Path, "replace", full_disk)
         with pytest.raises(OSError, match="space"):

@@ -36,15 +36,15 @@ def atomic_path(target: Path) -> Iterator[Path]:
         yield part
         part.chmod(0o666 & ~_UMASK)
         part.replace(target)
-    except OSError as error:
-        if error.errno is None or error.filename not in (None, str(part)):
-            raise
-        # the user knows the target, not its temporary name; some libraries name no file at all
-        raise OSError(error.errno, error.strerror, str(target)) from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            if error.filename not in (None, str(part)):
+                raise
+            # the user knows the target, not its temporary name; some libraries name no file at all
+            raise OSError(error.errno, error.strerror, str(target)) from error
         if shutil.disk_usage(part.parent).free > SMALLEST_FREE:
             raise
-        # torch and safetensors report a full disk as errors of their own
+        # numpy, torch and safetensors report a full disk as errors of their own
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
     finally:
         part.unlink(missing_ok=True)

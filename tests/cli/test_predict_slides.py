@@ -5,6 +5,7 @@ import errno
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -303,6 +304,10 @@ def unwritable(path, classes, *words, **names):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
+def interrupt(*words, **names):
+    raise KeyboardInterrupt
+
+
 class TestGoingOn:
     def test_a_killed_command_ends_as_one_that_was_not(self, predict, command, scans, tiny_run, tmp_path):
         """kill -9 of the real command, at several moments; then the same command again."""
@@ -363,6 +368,89 @@ class TestGoingOn:
         assert "classes.ome.tif: the disk is full" in outcome.err
         assert 0 < len(done) < 20
         assert not (predict.out / "a" / "tissue.geojson.gz").exists()
+
+    def test_two_commands_do_not_work_on_one_slide(self, predict, scans):
+        """Another process holds slide a; the others go on, and its record is left alone."""
+        folder = predict.out / "a"
+        folder.mkdir(parents=True)
+        script = "import sys, filelock\nlock = filelock.FileLock(sys.argv[1])\nlock.acquire()\n"
+        script += "print('held', flush=True)\ninput()"
+        line = [sys.executable, "-c", script, str(folder / ".lock")]
+        other = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert other.stdout.readline() == "held\n"
+        outcome = predict(scans)
+        assert outcome.code == 2
+        assert f"{folder}: is worked on by another process" in outcome.err
+        assert not (folder / "slide.json").exists()
+        assert record(predict.out / "b")["state"] == "done"
+        other.kill()  # and with it goes its claim
+        other.communicate()
+        assert predict(scans).code == 0
+        assert {file.name for file in folder.iterdir()} == FILES
+
+    def test_a_file_system_without_locks(self, predict, scans, monkeypatch):
+        def none(self, *words, **names):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr("filelock.FileLock.acquire", none)
+        outcome = predict(scans / "a.svs")
+        assert outcome.code == 0
+        assert f"{predict.out / 'a'}: its file system has no locks" in outcome.err
+
+    def test_a_kill_while_old_results_are_removed(self, predict, scans, monkeypatch):
+        """They are not taken for finished ones, even if the slide is as it was again."""
+        before = (scans / "a.svs").read_bytes(), (scans / "a.svs").stat()
+        assert predict(scans / "a.svs", "--soft").code == 0
+        (scans / "a.svs").write_bytes((scans / "b.svs").read_bytes())
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", interrupt)
+            assert predict(scans / "a.svs", "--soft").code == 130
+        (scans / "a.svs").write_bytes(before[0])
+        os.utime(scans / "a.svs", ns=(before[1].st_atime_ns, before[1].st_mtime_ns))
+        assert predict(scans / "a.svs", "--soft").code == 0
+        folder = predict.out / "a"
+        assert {file.name for file in folder.iterdir()} == {*FILES, "probabilities.zarr"}
+        assert record(folder)["attempts"] == 2
+
+    def test_a_kill_while_the_work_is_removed(self, predict, scans, monkeypatch):
+        """What is left of it is not gone on with."""
+        whole = shutil.rmtree
+
+        def remove(path, *words, **names):
+            if (path / "blocks.txt").is_file():
+                raise KeyboardInterrupt
+            whole(path, *words, **names)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", remove)
+            assert predict(scans / "a.svs").code == 130
+        work = predict.out / "a" / ".work"
+        assert work.is_dir()
+        assert not (work / "plan.json").exists()
+
+    def test_work_of_other_blocks_is_not_gone_on_with(self, predict, scans, monkeypatch):
+        """As after an update that cuts the map into other blocks."""
+        words = ["--window", "64", "--overlap", "32", "--batch-size", "2"]
+        whole, count = mapping.Mapper._written, 0
+
+        def deadly(self, *block):
+            nonlocal count
+            count += 1
+            if count > 4:
+                raise KeyboardInterrupt
+            whole(self, *block)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mapping, "CORE", 96)
+            patch.setattr(mapping.Mapper, "_written", deadly)
+            assert predict(scans / "a.svs", *words).code == 130
+        assert (predict.out / "a" / ".work" / "blocks.txt").is_file()
+        monkeypatch.setattr(mapping, "CORE", 160)
+        assert predict(scans / "a.svs", *words).code == 0
+        found = (predict.out / "a" / "classes.ome.tif").read_bytes()
+        shutil.rmtree(predict.out)
+        assert predict(scans / "a.svs", *words).code == 0
+        assert (predict.out / "a" / "classes.ome.tif").read_bytes() == found
 
     def test_probabilities_survive_a_kill_at_the_very_end(self, predict, scans, monkeypatch):
         import zarr

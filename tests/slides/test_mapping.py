@@ -1,8 +1,11 @@
 """The map of a slide is what the model says of its pixels, wherever blocks and windows end, and after any kill."""
 
+import errno
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from tissuehint.slides import mapping
 from tissuehint.slides.mapping import (
     CLASSES,
     JOURNAL,
+    PROBABILITIES,
     GrowingMap,
     Mapper,
     MappingConfig,
@@ -260,6 +264,35 @@ class TestGoingOn:
         assert seen
         assert (classes == expected).all()
         assert journal.read_text().splitlines() == lines
+
+    def test_a_journal_is_mended_whole_or_not_at_all(self, slide_file, tmp_path, monkeypatch):
+        settings = {"window": 32, "overlap": 12}
+        run(colour_model(), slide_file, tmp_path / "a", **settings)
+        journal = tmp_path / "a" / JOURNAL
+        cut = journal.read_text()[:-2]
+        journal.write_text(cut)
+
+        def full_disk(*words):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Path, "replace", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            run(colour_model(), slide_file, tmp_path / "a", **settings)
+        assert journal.read_text() == cut
+
+    @pytest.mark.parametrize("name", [CLASSES, PROBABILITIES])
+    @pytest.mark.parametrize("lost", ["all", "inside"])
+    def test_a_journal_without_its_arrays_counts_for_nothing(self, slide_file, tmp_path, name, lost):
+        """A kill while an array is made, or while the folder is removed."""
+        settings = {"window": 32, "overlap": 12, "probabilities": True}
+        model = colour_model(smooth=9)
+        expected, shares, _ = run(model, slide_file, tmp_path / "a", **settings)
+        shutil.rmtree(tmp_path / "a" / name)
+        if lost == "inside":
+            (tmp_path / "a" / name).mkdir()
+        classes, other, _ = run(model, slide_file, tmp_path / "a", **settings)
+        assert (classes == expected).all()
+        assert (other == shares).all()
 
     def test_a_finished_map_is_not_computed_again(self, slide_file, tmp_path):
         run(colour_model(), slide_file, tmp_path / "a", window=32)

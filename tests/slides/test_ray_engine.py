@@ -120,6 +120,48 @@ def test_a_worker_that_is_killed_changes_nothing(cluster, cohort, tmp_path, monk
     assert len(list((cohort / "working").iterdir())) > 1  # several processes
 
 
+class Picky:
+    """Fails to start, the first time only or always."""
+
+    def __init__(self, folder, always):
+        self.folder, self.always = folder, always
+
+    def __call__(self, actor):
+        folder, always = self.folder, self.always
+
+        class PickyActor(actor):
+            def __init__(self, *words):
+                try:
+                    (folder / "one").mkdir()
+                except FileExistsError:
+                    if always:
+                        raise RuntimeError("no model here") from None
+                else:
+                    raise RuntimeError("no model here")
+                super().__init__(*words)
+
+        return PickyActor
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_workers_that_cannot_start(cluster, cohort, tmp_path, monkeypatch, always):
+    """One of two: the other does it all. Both: the reason is told of each slide."""
+    from tissuehint.slides import ray_engine
+
+    monkeypatch.setattr(ray_engine, "SlideActor", Picky(tmp_path, always)(ray_engine.SlideActor))
+    engine = ray_engine.RayEngine(cohort / "model", model_facts(cohort / "model", 0.5), CONFIG, actors=2, batch_size=2)
+    found = predict(engine, cohort, tmp_path / "ray")
+    assert set(found) == {"bad", "s0", "s1", "s2"}
+    failed = {name: outcome.error for name, outcome in found.items() if outcome.error}
+    if always:
+        assert len(failed) == 4
+        assert all("no worker can start" in line and "no model here" in line for line in failed.values()), failed
+    else:
+        assert set(failed) == {"bad"}
+        assert "bad.svs" in failed["bad"]
+        assert "no worker" not in failed["bad"]
+
+
 def test_no_cluster(cohort, monkeypatch):
     from tissuehint.slides.ray_engine import RayEngine
 

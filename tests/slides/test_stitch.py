@@ -1,5 +1,9 @@
 """Stitching: the mean of the windows, each block by itself, exactly as at once."""
 
+import errno
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -137,3 +141,25 @@ class TestStitching:
             patch.setattr(Waiting, "leave", forgetful)
             after, _ = stitch(tiling, maps, tmp_path / "again")
         assert not torch.allclose(before, after)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file-size limits are POSIX")
+@pytest.mark.parametrize("missing", [1, 100, 4000, 30_000])
+def test_a_disk_that_is_full_leaves_no_shortened_sums(tmp_path, missing):
+    """numpy loses the end of a file without a word, if C writes it out only as it closes the file."""
+    script = f"""
+import resource, signal, sys
+from pathlib import Path
+import torch
+from tissuehint.slides.stitch import Waiting
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+parts = {{"right": torch.ones(5, 100, 164)[:, :, 64:]}}
+resource.setrlimit(resource.RLIMIT_FSIZE, (5 * 100 * 100 * 4 + 128 - {missing},) * 2)
+try:
+    Waiting(Path(sys.argv[1])).leave(0, 0, parts)
+except OSError as error:
+    sys.exit(f"refused {{error.errno}} {{Path(error.filename).name}}")
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == f"refused {errno.EFBIG} 0_0_right.npy"
+    assert list(tmp_path.iterdir()) == []

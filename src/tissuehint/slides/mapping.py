@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from zarr.codecs import ZstdCodec
 
 from tissuehint.data.patches import resize_image
 from tissuehint.errors import InputError
+from tissuehint.files import write_text
 from tissuehint.model import TissueModel
 from tissuehint.slides.ahead import ahead
 from tissuehint.slides.coordinates import Placement
@@ -241,6 +243,11 @@ class Mapper:
         self.waiting = Waiting(folder / WAITING)
         tiling, labels = plan.tiling, model.labels
         core = tiling.core_side
+        arrays = [CLASSES, PROBABILITIES] if probabilities else [CLASSES]
+        if not all(is_array(folder / name) for name in arrays):
+            # nothing is done without them, whatever the journal says
+            (folder / JOURNAL).unlink(missing_ok=True)
+            shutil.rmtree(folder / WAITING, ignore_errors=True)
         self.classes = _array(folder / CLASSES, (tiling.height, tiling.width), (core, core), None, labels.ignore)
         #: what other threads may read while it is computed
         self.growing = GrowingMap(self.classes, tiling)
@@ -274,14 +281,19 @@ class Mapper:
         # reading runs ahead and writing behind, so that the network does not wait for either
         with ThreadPoolExecutor(self.readers) as pool, ThreadPoolExecutor(1) as behind:
             writing: Future[None] | None = None
-            for block, picture in ahead(pool, todo, self._read, self.readers + 1):
-                total = None if picture is None else self._computed(*block, picture, tell)
+            try:
+                for block, picture in ahead(pool, todo, self._read, self.readers + 1):
+                    total = None if picture is None else self._computed(*block, picture, tell)
+                    if writing is not None:
+                        writing.result()
+                    writing = behind.submit(self._written, *block, total)
+                    release()
                 if writing is not None:
                     writing.result()
-                writing = behind.submit(self._written, *block, total)
-                release()
-            if writing is not None:
-                writing.result()
+            except BaseException:
+                self.growing.give_up()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         return self.classes
 
     # ---- one block ------------------------------------------------------------------------------------------------
@@ -319,11 +331,8 @@ class Mapper:
     @torch.no_grad()
     def _written(self, row: int, column: int, total: BlockSum | None) -> None:
         """Write a block, with what earlier blocks left for it; it must be the turn of it."""
-        left_by_others = self.waiting.fetch(row, column)
-        if left_by_others and total is None:
-            total = self._empty(row, column)
-        if total is not None:
-            for sums in left_by_others:
+        if total is not None:  # else no pixel of the block is tissue, whatever others left for it
+            for sums in self.waiting.fetch(row, column):
                 total.take(sums)
             self._write(row, column, total)
             # before the block counts as done, so that a run that is killed here does it again
@@ -374,7 +383,7 @@ class Mapper:
         text = journal.read_text(encoding="ascii") if journal.is_file() else ""
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
-            journal.write_text(whole, encoding="ascii")
+            write_text(journal, whole)  # whole or not at all: a shorter one would lose sums that were forgotten
         done = set()
         for line in whole.splitlines():
             row, column = line.split()
@@ -389,12 +398,18 @@ class Mapper:
         self.waiting.forget(row, column)
 
 
+def is_array(path: Path) -> bool:
+    """Whether a zarr array was made there: its folder comes first, what it is comes next."""
+    return (path / "zarr.json").is_file()
+
+
 def _array(
     path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], shards: tuple[int, ...] | None, fill: int
 ) -> Any:
     """A zarr array on disk, made or opened; chunks that hold nothing but ``fill`` are not written."""
-    if path.is_dir():
+    if is_array(path):
         return zarr.open_array(str(path), mode="r+")
+    shutil.rmtree(path, ignore_errors=True)  # of a run that was killed while it made one
     return zarr.create_array(
         str(path),
         shape=shape,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cache
 
 M_ARENA_MAX = -8  # malloc.h
-PAUSE = 1.5  # seconds between two times: each takes some hundredths of one
+PAUSE = 0.3  # seconds between two times: each takes some hundredths of one
 
 
 @cache

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,9 +33,11 @@ from tissuehint.slides.mapping import PROBABILITIES, Mapper, MappingConfig, Plan
 from tissuehint.slides.memory import one_heap, release_memory
 from tissuehint.slides.reader import Slide, open_slide
 from tissuehint.slides.state import SlideState, file_hash, slide_facts, versions
+from tissuehint.slides.tiles import Tiling
 from tissuehint.slides.tissue import Tissue, TissueConfig, find_tissue
 
-WORK = ".work"
+WORK, LOCK = ".work", ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # some network file systems
 PLAN_FILE = "plan.json"
 THUMBNAIL_SIDE, SMALLER = 2048, 0.75  # px; share of it down to which a level of the slide serves as it is
 
@@ -120,15 +125,66 @@ def predict_slide(
         The state, with ``state`` done.
 
     Raises:
-        InputError: a slide that cannot be read, does not know its pixel size or shows no tissue. OSError: as the file
-            system says. What was raised stands in ``slide.json`` too, where it can be written.
+        InputError: a slide that cannot be read, does not know its pixel size or shows no tissue; OSError: as the file
+            system says. Both stand in ``slide.json`` too, where it can be written. InputError, without a record:
+            another process is at work in the folder; a damaged record; an outline that cannot be read.
+
+    From the first slide on, threads of this process share a heap (``one_heap``).
     """
     settings = _settings(job, config)
+
+    def finished() -> SlideState | None:
+        earlier = SlideState.read(job.folder)
+        same = earlier is not None and earlier.state == "done" and _same(earlier, job, model_facts, settings)
+        return earlier if same else None
+
+    done = finished()
+    if done is not None:
+        return done
+    with _claimed(job.folder):
+        # another process may have finished it just now
+        return finished() or _attempt(model, model_facts, job, config, settings, batch_size, readers, progress)
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """The folder is that of this process alone; the claim ends with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        fix = "wait until it ends, or end it; then run the same command again"
+        raise InputError(folder, "is worked on by another process", fix) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        text = f"{folder}: its file system has no locks; let no second process work on it"
+        warnings.warn(text, stacklevel=1)  # the command line shows what comes from tissuehint
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no file that is open
+            (folder / LOCK).unlink(missing_ok=True)  # while it is held: filelock sees that such a file is gone
+        lock.release()
+
+
+def _attempt(
+    model: TissueModel,
+    model_facts: dict[str, Any],
+    job: SlideJob,
+    config: SlideConfig,
+    settings: dict[str, Any],
+    batch_size: int | None,
+    readers: int | None,
+    progress: Progress | None,
+) -> SlideState:
     earlier = SlideState.read(job.folder)
-    if earlier is not None and earlier.state == "done" and _same(earlier, job, model_facts, settings):
-        return earlier
-    if earlier is not None and earlier.state == "done":
-        _remove(job.folder, earlier.outputs)  # of another slide or other settings: old and new never stand side by side
+    if earlier is not None and earlier.outputs:
+        # of another slide or other settings: old and new never stand side by side
+        earlier.state = "running"
+        earlier.write(job.folder)
+        _remove(job.folder, earlier.outputs)
     one_heap()
     started = time.monotonic()
     state = SlideState(
@@ -152,7 +208,7 @@ def predict_slide(
         raise
     state.state, state.seconds = "done", round(time.monotonic() - started, 1)
     state.write(job.folder)
-    shutil.rmtree(job.folder / WORK, ignore_errors=True)
+    _leave_work(job.folder / WORK)
     return state
 
 
@@ -179,7 +235,7 @@ class _Prediction:
         plan = plan_map(self.model, slide, tissue, self.config.mapping)
         tiling, placement = plan.tiling, plan.placement
         self.state.map = {"height": tiling.height, "width": tiling.width, **asdict(placement)}
-        self._enter_work()
+        self._enter_work(tiling)
         mapper = Mapper(
             self.model,
             slide,
@@ -193,8 +249,8 @@ class _Prediction:
         # the map is painted while it is computed; cutting polygons beside the network would take more memory
         with ThreadPoolExecutor(1) as beside:
             classes, growing = mapper.classes, mapper.growing
-            painted = beside.submit(self._pictures, growing, plan, thumbnail)
             try:
+                painted = beside.submit(self._pictures, growing, plan, thumbnail)
                 mapper.run(_counted(plan, progress, painted))
                 del mapper
                 release_memory()
@@ -216,13 +272,14 @@ class _Prediction:
         self.state.tissue_mm2 = tissue.area_mm2
         return tissue
 
-    def _enter_work(self) -> None:
+    def _enter_work(self, tiling: Tiling) -> None:
         """A folder for what is not finished; that of an earlier attempt, if it made the same map."""
         work = self.folder / WORK
         for part in self.folder.glob(".*.part.*"):
             part.unlink(missing_ok=True)  # of an attempt that was killed
         wanted = finite({"slide": self.state.slide, "model": self.state.model["sha256"], "map": self.state.map})
-        wanted |= {"settings": self.state.settings}
+        wanted |= finite({"settings": self.state.settings, "tiling": asdict(tiling)})
+        wanted |= {"tissuehint": self.state.versions["tissuehint"]}
         try:
             kept = json.loads((work / PLAN_FILE).read_text(encoding="utf-8")) == wanted
         except (OSError, ValueError):
@@ -231,8 +288,9 @@ class _Prediction:
         if kept and moved.is_dir() and not place.exists():
             moved.replace(place)  # the attempt before was killed after it had moved them
         if not kept:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
+            _leave_work(work)
+            shutil.rmtree(moved, ignore_errors=True)
+            work.mkdir(parents=True, exist_ok=True)
             write_json(work / PLAN_FILE, wanted)
 
     def _pictures(self, classes: ClassMap, plan: Plan, thumbnail: Any) -> list[AreaRow]:
@@ -291,6 +349,12 @@ def _same(earlier: SlideState, job: SlideJob, model: dict[str, Any], settings: d
     return all(earlier.slide.get(key) == now[key] for key in ("bytes", "modified"))
 
 
+def _leave_work(work: Path) -> None:
+    """Remove what was in the making; first of all what says that it may be gone on with."""
+    (work / PLAN_FILE).unlink(missing_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
+
+
 def _remove(folder: Path, names: list[str]) -> None:
     for name in names:
         if (folder / name).is_dir():
@@ -300,7 +364,7 @@ def _remove(folder: Path, names: list[str]) -> None:
 
 
 def _record_failure(state: SlideState, error: Exception, folder: Path, started: float) -> None:
-    state.state, state.error = "failed", line_about(error, state.slide["path"])
+    state.state, state.error, state.outputs = "failed", line_about(error, state.slide["path"]), []
     state.seconds = round(time.monotonic() - started, 1)
     with suppress(OSError):  # a full disk: the message still reaches the user
         state.write(folder)

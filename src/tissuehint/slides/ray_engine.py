@@ -58,7 +58,11 @@ class RayEngine:
         self.arguments = (str(model.resolve()), model_facts, config, batch_size, readers, self.gpus > 0)
 
     def __call__(self, jobs: Sequence[SlideJob]) -> Iterator[Outcome]:
-        """Outcomes as they come; a slide whose actor died ``RETRIES`` times over is one without result."""
+        """Outcomes as they come; a slide whose actor died ``RETRIES`` times over is one without result.
+
+        An actor that cannot start (a node without the model's folder, say) gives its slide back and is not used again;
+        where none is left, the slides that remain are without result.
+        """
         ray = self.ray
         kind = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_restarts=-1, max_task_retries=RETRIES)(SlideActor)
         free = [kind.remote(*self.arguments) for _ in range(min(self.actors, max(len(jobs), 1)))]
@@ -72,8 +76,14 @@ class RayEngine:
             try:
                 yield ray.get(ready)
             except ray.exceptions.RayError as error:
-                line = " ".join(str(error).split())[:200]
-                yield Outcome(job, None, f"{job.path}: its worker died again and again ({line})")
+                reason = _reason(error)
+                if getattr(error, "actor_init_failed", False):
+                    todo.insert(0, job)
+                    if not free and not running:
+                        yield from (Outcome(job, None, f"{job.path}: no worker can start ({reason})") for job in todo)
+                        return
+                    continue
+                yield Outcome(job, None, f"{job.path}: its worker died again and again ({reason})")
             free.append(actor)
 
     def _connect(self, address: str | None) -> None:
@@ -109,6 +119,12 @@ class SlideActor:
     def one(self, job: SlideJob) -> Outcome:
         """A slide."""
         return self.engine.one(job)
+
+
+def _reason(error: Exception) -> str:
+    """The last line of a remote traceback, where the cause stands."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:200] if lines else type(error).__name__
 
 
 def _absolute(job: SlideJob) -> SlideJob:

@@ -7,6 +7,7 @@ their turn, so that every window is computed once, memory does not grow with the
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
@@ -134,8 +135,11 @@ class Waiting:
         """Keep what block (row, column) says of its neighbours, exactly."""
         for name, part in parts.items():
             if bool((part[-1] > 0).any()):
+                packed = io.BytesIO()
+                np.save(packed, part.cpu().numpy())
+                # written by Python, which notices a full disk: numpy's own writing may lose the end without a word
                 with atomic_path(self._file(row, column, name)) as file:
-                    np.save(file, part.cpu().numpy())
+                    file.write_bytes(packed.getbuffer())
 
     def fetch(self, row: int, column: int) -> list[Tensor]:
         """What earlier blocks left for block (row, column), always in the same order."""

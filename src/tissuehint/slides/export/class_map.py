@@ -9,7 +9,7 @@ WINDOW = 2048  # px; a window of it and its 64-bit counts stay below 50 MB
 
 
 class ClassMap(Protocol):
-    """(H,W) uint8 class indices: a zarr array, or a numpy array."""
+    """(H,W) uint8 class indices: a zarr array, a numpy array, or a ``GrowingMap``, which lets its readers wait."""
 
     @property
     def shape(self) -> tuple[int, ...]:
