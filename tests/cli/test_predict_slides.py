@@ -223,6 +223,44 @@ class TestBadInput:
         tifffile.imwrite(scans / "bad.tif", pixels, tile=(64, 64), photometric="rgb")
         self.check(predict, scans, "microns per pixel", "--mpp")
 
+    def test_mpp_is_for_slides_without_their_own(self, predict, scans):
+        """Given after the first run, it adds the slide that needed it, and does no other again."""
+        pixels = np.zeros((300, 300, 3), np.uint8)
+        pixels[:] = 200, 60, 120
+        tifffile.imwrite(scans / "bad.tif", pixels, tile=(64, 64), photometric="rgb")
+        words = ["--tissue", "threshold=0.05", "--tissue", "min_area_um2=0"]
+        assert predict(scans, *words).code == 2
+        outcome = predict(scans, *words, "--mpp", 0.25)
+        assert outcome.code == 0, outcome.err
+        assert outcome.out.count("finished before") == 2
+        found = {name: record(predict.out / name) for name in ("a", "b", "bad")}
+        assert [one["slide"]["um_per_px"] for one in found.values()] == pytest.approx([0.5, 0.5, 0.25])
+        assert [one["attempts"] for one in found.values()] == [1, 1, 2]
+        assert predict(scans, *words, "--mpp", 0.25).out.count("finished before") == 3
+        assert predict(scans, *words, "--mpp", 0.3).out.count("finished before") == 2
+
+    def test_a_table_says_it_better(self, predict, scans):
+        (scans / "table.csv").write_text("slide,mpp\na.svs,0.25\n")
+        for words in ([scans, scans / "table.csv"], [scans / "table.csv", scans / "a.svs"]):
+            assert predict(*words, "--mpp", 1, "--tissue", "min_area_um2=0").code == 0
+            assert record(predict.out / "a")["slide"]["um_per_px"] == 0.25
+        (scans / "other.csv").write_text("slide,mpp\na.svs,0.3\n")
+        predict(scans / "table.csv", scans / "other.csv").refused("a.svs", "two values of mpp (0.25, 0.3)")
+
+    def test_hidden_files_are_no_slides(self, predict, scans):
+        (scans / "._a.svs").write_bytes(b"what macOS writes beside a file")
+        assert predict(scans).code == 0
+        assert [row["slide"] for row in table(predict.out)] == ["a", "b"]
+
+    def test_a_record_that_was_written_by_hand(self, predict, scans):
+        assert predict(scans).code == 0
+        values = record(predict.out / "b") | {"areas": None}
+        (predict.out / "b" / "slide.json").write_text(json.dumps(values))
+        outcome = predict(scans)
+        assert outcome.code == 2
+        assert "Traceback" not in outcome.err
+        assert "slide.json: is damaged (areas is no list)" in outcome.err
+
     def test_without_tissue(self, predict, scans):
         write_phantom_slide(scans / "bad.svs", 200, 200, blank=1.0)
         self.check(predict, scans, "shows no tissue", "thumbnail.jpg")

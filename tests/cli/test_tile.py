@@ -141,6 +141,113 @@ def test_a_bad_slide_is_left_out(command, scans, tmp_path):
     assert len(rows(out)) == 24
 
 
+def test_a_slide_that_breaks_in_the_middle_leaves_nothing(command, scans, tmp_path, monkeypatch):
+    from tissuehint.slides.reader import Slide
+
+    (scans / "two.tif").write_bytes((scans / "one.tif").read_bytes())
+    (scans / "two.geojson").write_bytes((scans / "one.geojson").read_bytes())
+    whole = Slide.read
+
+    def read(self, box, um_per_px):
+        if self.name == "two" and box.top > 100:
+            raise OSError("a tile is damaged")
+        return whole(self, box, um_per_px)
+
+    monkeypatch.setattr(Slide, "read", read)
+    out = tmp_path / "cut"
+    words = ["--um-per-px", 0.5, "--side", 64, "--annotations", scans, "--tissue", "threshold=0.05", "--masks"]
+    outcome = command("data", "tile", scans, "--out", out, *words)
+    assert outcome.code == 2
+    assert "two.tif: a tile is damaged" in outcome.err
+    assert len(rows(out)) == 24
+    assert not (out / "images" / "two").exists()
+    assert not (out / "masks" / "two").exists()
+
+
+def test_an_export_that_is_damaged_stops_no_other_slide(command, scans, tmp_path):
+    (scans / "two.tif").write_bytes((scans / "one.tif").read_bytes())
+    (scans / "two.geojson").write_text("{")
+    out = tmp_path / "cut"
+    words = ["--um-per-px", 0.5, "--side", 64, "--annotations", scans, "--tissue", "threshold=0.05"]
+    outcome = command("data", "tile", scans, "--out", out, *words)
+    assert outcome.code == 2
+    assert "1 of 2 slides were left out" in outcome.err
+    assert "two.geojson" in outcome.err
+    assert len(rows(out)) == 24
+
+
+def test_one_drawing_is_for_one_slide(command, scans, tmp_path):
+    (scans / "two.tif").write_bytes((scans / "one.tif").read_bytes())
+    outcome = command(
+        "data", "tile", scans, "--out", tmp_path / "cut", "--um-per-px", 0.5, "--annotations", scans / "one.geojson"
+    )
+    outcome.refused("one.geojson", "the drawing of one slide, there are 2", "folder of exports")
+
+
+def test_what_regions_cover_of_the_glass_says_nothing(tile, scans):
+    """The slide is white from column 128 on; b is drawn over the glass as well, and over a strip of tissue."""
+    pixels = np.full((256, 384, 3), 255, np.uint8)
+    pixels[:, :128] = COLOURS["a"]
+    per_cm = 1e4 / 0.5
+    tifffile.imwrite(
+        scans / "one.tif", pixels, tile=(64, 64), photometric="rgb", resolution=(per_cm, per_cm), resolutionunit=3
+    )
+    write(scans / "one.geojson", region("b", 64, 0, 384, 256), region("a", 0, 0, 112, 256))
+    words = ["--um-per-px", 0.5, "--side", 128, "--stride", 64, "--min-tissue", 0.2]
+    exact = [word for key in ("closing_um", "margin_um", "min_area_um2") for word in ("--tissue", f"{key}=0")]
+    outcome = tile(*words, *exact)
+    assert outcome.code == 0, outcome.err
+    found = rows(tile.out)
+    # 16 of the 64 columns of tissue, found to within some pixels; of all that is drawn it is 80 of 128
+    assert 0.2 < float(found["one/r0_c64.png"]["proportion:b"]) < 0.45
+
+
+def test_regions_of_other_classes_cover_what_lies_below(tile, scans):
+    other = region("c", 0, 0, 48, 256), points("c", (5, 5)), region("", 0, 0, 300, 200)
+    write(scans / "one.geojson", region("a", 0, 0, 384, 256), *other)
+    outcome = tile("--um-per-px", 0.5, "--side", 64, "--classes", "a,b", "--masks")
+    assert outcome.code == 0, outcome.err
+    assert "not used: 2 of c, 1 of no class" in outcome.err
+    assert "one/r0_c0.png" not in rows(tile.out)  # what is known of it is too little
+    assert "one/r0_c64.png" in rows(tile.out)
+    assert (
+        tile(
+            "--um-per-px", 0.5, "--side", 64, "--classes", "a,b", "--masks", "--annotated", 0.1, "--out", tile.out / "b"
+        ).code
+        == 0
+    )
+    mask = read_codes(tile.out / "b" / "masks" / "one" / "r0_c0.png")
+    assert (mask[:, :48] == 255).all()
+    assert (mask[:, 48:] == 0).all()
+
+
+def test_points_of_one_pixel_are_one_point(tile, scans, command):
+    """That which is nearest to its centre; a pixel of two classes would be refused by whoever reads the data."""
+    write(scans / "one.geojson", points("a", (10, 10), (30, 30), (31, 31)), points("b", (13, 12)))
+    outcome = tile("--um-per-px", 4, "--side", 16, "--hints", "points")
+    assert outcome.code == 0, outcome.err
+    (record,) = read_folder(tile.out).splits["train"]
+    assert record.points.rows.tolist() == [[1, 1, 1], [3, 3, 0]]
+    assert command("data", "check", tile.out).code == 0
+
+
+def test_patches_finer_than_the_slide_have_names_of_their_own(tile, command):
+    outcome = tile("--um-per-px", 0.2, "--side", 64, "--stride", 47)
+    assert outcome.code == 0, outcome.err
+    found = rows(tile.out)
+    assert len(found) == len(list((tile.out / "images").rglob("*.png"))) > 100
+    assert "one/r18.8_c0.png" in found
+    assert command("data", "check", tile.out).code == 0
+
+
+def test_names_of_classes_are_taken_as_they_are_meant(tile, scans, command):
+    write(scans / "one.geojson", region("a ", 0, 0, 192, 256), region("b; b; b; b; b; b", 192, 0, 384, 256))
+    assert tile("--um-per-px", 0.5, "--side", 64).code == 0
+    assert command("data", "check", tile.out).code == 0
+    labels = read_folder(tile.out).labels
+    assert labels.names == ("a", "b; b; b; b; b; b")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

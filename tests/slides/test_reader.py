@@ -297,6 +297,45 @@ def test_missing_pixel_size_names_the_fix(tmp_path, image, mpp):
     with open_slide(tmp_path / "a.svs", um_per_px=0.25) as slide:
         assert slide.um_per_px == 0.25
         assert slide.read(Box(0, 0, 10, 20), 0.5).shape == (5, 10, 3)
+    with open_slide(tmp_path / "a.svs", default_um_per_px=0.25) as slide:
+        assert (slide.um_per_px, slide.takes_default) == (0.25, True)
+    with open_slide(tmp_path / "a.svs", um_per_px=0.5, default_um_per_px=0.25) as slide:
+        assert (slide.um_per_px, slide.takes_default) == (0.5, False)
+
+
+def test_a_default_pixel_size_changes_nothing_for_a_slide_that_states_its_own(tmp_path, image):
+    write_aperio(tmp_path / "a.svs", image, mpp="0.4")
+    with open_slide(tmp_path / "a.svs", default_um_per_px=0.25) as slide:
+        assert (slide.um_per_px, slide.takes_default) == (0.4, False)
+    with pytest.raises(InputError, match="0 um/px"):
+        open_slide(tmp_path / "a.svs", default_um_per_px=0)
+
+
+def test_an_ome_tiff_opens_no_other_file(tmp_path):
+    """It may say that its pixels lie elsewhere; one that was renamed still reads itself."""
+    pixels = np.full((128, 128, 3), (11, 22, 33), np.uint8)
+    (tmp_path / "secret").mkdir()
+    tifffile.imwrite(tmp_path / "secret" / "x.tif", pixels, photometric="rgb")
+
+    def ome(name, uuid):
+        return (
+            '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:1">'
+            '<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="uint8" '
+            'SizeX="128" SizeY="128" SizeC="3" SizeZ="1" SizeT="1"><Channel ID="Channel:0:0" SamplesPerPixel="3"/>'
+            f'<TiffData IFD="0" PlaneCount="1"><UUID FileName="{name}">{uuid}</UUID></TiffData></Pixels></Image></OME>'
+        )
+
+    for name, described in {
+        "away.tif": ome("secret/x.tif", "urn:uuid:2"),
+        "own.tif": ome("b.tif", "urn:uuid:1"),
+    }.items():
+        tifffile.imwrite(tmp_path / name, 0 * pixels, photometric="rgb", description=described, metadata=None)
+    # OpenSlide refuses TIFFs in strips, so that tiffslide gets them
+    with pytest.raises(InputError, match=r"away\.tif.*one of several files.*secret/x\.tif"):
+        open_slide(tmp_path / "away.tif")
+    with open_slide(tmp_path / "own.tif", um_per_px=0.5) as slide:
+        assert slide.reader == "tiffslide"
+        assert (slide.read(Box(0, 0, 128, 128), 0.5) == 0).all()
 
 
 @pytest.mark.parametrize("tile", [(64, 64), None])

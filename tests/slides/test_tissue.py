@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 from pathlib import Path
@@ -337,6 +338,15 @@ def test_edited_annotations(slide_of, tmp_path):
         np.testing.assert_array_equal(Tissue.from_geojson(path, slide).mask, expected)
     path.write_text(json.dumps(features[1]))
     assert Tissue.from_geojson(path, slide).mask.sum() == 400
+    path.write_bytes(gzip.compress(json.dumps(features).encode()))
+    np.testing.assert_array_equal(Tissue.from_geojson(path, slide).mask, expected)
+
+
+def test_derived_classes_are_others(slide_of, tmp_path):
+    """QuPath writes Tumor: Positive as a list of names."""
+    derived = feature([square(60, 60, 30)]) | {"properties": {"classification": {"names": ["Tumor", "Positive"]}}}
+    (tmp_path / "a.geojson").write_text(json.dumps([feature([square(10, 10, 40)], "Tissue"), derived]))
+    assert Tissue.from_geojson(tmp_path / "a.geojson", slide_of(painted())).mask.sum() == 1600
 
 
 @pytest.mark.parametrize(
@@ -344,7 +354,7 @@ def test_edited_annotations(slide_of, tmp_path):
     [
         (None, "does not exist"),
         ("{", "is no JSON"),
-        ("\udcff", "is no JSON"),
+        ("\udcff", "is not UTF-8"),
         ("3", "is no FeatureCollection"),
         ('{"type": "FeatureCollection"}', "is no FeatureCollection"),
         ("[]", r"no polygon of class Tissue or without class \(0 of other"),

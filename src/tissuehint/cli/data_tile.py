@@ -60,11 +60,13 @@ def tile(
 
     if split not in ("train", "val", "test"):
         raise InputError(f"--split {split}", "is none of train, val, test", "give one of these")
-    jobs = [_with_annotations(job, annotations) for job in find_slides(slides, out, um_per_px=mpp)]
+    slide_jobs = find_slides(slides, out, um_per_px=mpp)
+    jobs = [_with_annotations(job, annotations, len(slide_jobs)) for job in slide_jobs]
     if annotations is not None and all(job.annotations is None for job in jobs):
         rule = f"has no export for any of {len(jobs)} slides, such as {jobs[0].slide.path.stem}.geojson"
         raise InputError(f"--annotations {annotations}", rule, "name the exports like their slides")
-    labels = _labels(classes, jobs)
+    count, failed = len(jobs), list[str]()
+    labels, jobs = _labels(classes, jobs, failed)
     config = CutConfig(
         um_per_px=um_per_px,
         side=side,
@@ -77,7 +79,6 @@ def tile(
         unlabelled=unlabelled or annotations is None,
         origin=origin,
     )
-    failed: list[str] = []
     found: list[Record] = []
 
     def write(part: Path) -> None:
@@ -86,26 +87,29 @@ def tile(
         found.extend(_cut(jobs, labels, config, part, tissue_config(tissue or []), failed))
         if not found:
             rule = "give no patch" if not failed else f"give no patch ({failed[0]})"
-            raise InputError(f"{len(jobs)} slides", rule, "lower --min-tissue or --annotated, or use --unlabelled")
+            raise InputError(f"{count} slides", rule, "lower --min-tissue or --annotated, or use --unlabelled")
         write_cut(part, found, labels, split)
 
     write_whole(out, write)
-    say(f"{out}: {len(found)} patches of {side} px at {um_per_px:g} um from {len(jobs) - len(failed)} slides")
+    say(f"{out}: {len(found)} patches of {side} px at {um_per_px:g} um from {count - len(failed)} slides")
     say(f"check: tissuehint data check {out}")
     if failed:
-        note(f"error: {len(failed)} of {len(jobs)} slides were left out:")
+        note(f"error: {len(failed)} of {count} slides were left out:")
         for line in failed:
             note(f"  {line}")
         raise typer.Exit(2)
 
 
-def _with_annotations(job: SlideJob, annotations: Path | None) -> CutJob:
+def _with_annotations(job: SlideJob, annotations: Path | None, slides: int) -> CutJob:
     from tissuehint.errors import InputError
     from tissuehint.slides.cut import CutJob
 
     if annotations is None:
         return CutJob(job)
     if annotations.is_file():
+        if slides > 1:
+            rule = f"is the drawing of one slide, there are {slides}"
+            raise InputError(f"--annotations {annotations}", rule, "give a folder of exports named like their slides")
         return CutJob(job, annotations)
     if not annotations.is_dir():
         raise InputError(f"--annotations {annotations}", "does not exist", "check the path")
@@ -116,14 +120,30 @@ def _with_annotations(job: SlideJob, annotations: Path | None) -> CutJob:
     return CutJob(job)
 
 
-def _labels(classes: str | None, jobs: list[CutJob]) -> LabelSpace:
+def _labels(classes: str | None, jobs: list[CutJob], failed: list[str]) -> tuple[LabelSpace, list[CutJob]]:
+    """Classes, and the slides whose annotations can be read; the others are told and listed."""
+    from tissuehint.cli.output import note
+    from tissuehint.errors import InputError
     from tissuehint.labels import LabelSpace
     from tissuehint.slides.cut import class_names
 
     if classes is not None:
-        return LabelSpace(tuple(word.strip() for word in classes.split(",")))
-    files = [job.annotations for job in jobs if job.annotations is not None]
-    return LabelSpace(class_names(files) if files else ("tissue",))
+        return LabelSpace(tuple(word.strip() for word in classes.split(","))), jobs
+    kept: list[CutJob] = []
+    names: dict[str, None] = {}
+    for job in jobs:
+        try:
+            names |= dict.fromkeys(class_names([job.annotations] if job.annotations is not None else []))
+        except InputError as error:
+            note(f"error: {error}")
+            failed.append(str(error))
+            continue
+        kept.append(job)
+    drawn = [job for job in jobs if job.annotations is not None]
+    if drawn and not names:
+        rule = f"have no annotation with a class ({failed[0]})" if failed else "have no annotation with a class"
+        raise InputError(", ".join(str(job.annotations) for job in drawn[:3]), rule, "set classes in QuPath")
+    return LabelSpace(tuple(names) or ("tissue",)), kept
 
 
 def _cut(
@@ -142,7 +162,7 @@ def _cut(
     found: list[Any] = []
     for job in jobs:
         try:
-            records = cut_slide(job, labels, config, folder, tissue_config=tissue)
+            records = cut_slide(job, labels, config, folder, tissue_config=tissue, told=note)
         except Exception as error:  # one bad slide never stops the batch
             line = line_about(error, job.slide.path)
             note(f"error: {line}")

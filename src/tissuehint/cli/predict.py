@@ -106,7 +106,9 @@ def predict(
     origin: Annotated[
         CornerOf, typer.Option(help="Slides: what polygons measure from; QuPath measures from the bounds.")
     ] = CornerOf.BOUNDS,
-    readers: Annotated[int | None, typer.Option(min=1, help="Slides: threads that read ahead.")] = None,
+    readers: Annotated[
+        int | None, typer.Option(min=1, help="Slides: threads that read ahead; default one for two cores.")
+    ] = None,
     engine: Annotated[
         EngineName, typer.Option(help="Slides: this machine, or an existing Ray cluster (extra: ray).")
     ] = EngineName.LOCAL,

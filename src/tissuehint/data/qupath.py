@@ -67,17 +67,26 @@ def read_annotations(path: Path) -> list[Annotation]:
     Raises:
         InputError: no GeoJSON; a feature without geometry.
     """
-    problems: list[Problem] = []
-    content = _json(path, str(path), problems)
-    refuse(problems)
     found = []
-    for number, feature in enumerate(_features(content, str(path)), 1):
+    for number, feature in enumerate(read_features(path), 1):
         geometry = feature.get("geometry")
         if not isinstance(geometry, dict) or not isinstance(geometry.get("type"), str):
             rule = f"feature {number} has no geometry"
             raise InputError(path, rule, "export annotations as GeoJSON from QuPath")
-        found.append(Annotation(_class_name(feature), geometry, f"feature {number}"))
+        found.append(Annotation(class_name(feature), geometry, f"feature {number}"))
     return found
+
+
+def read_features(path: Path) -> list[dict[str, Any]]:
+    """Features of a GeoJSON file, gzipped or not: of a FeatureCollection, a bare list, or a single one.
+
+    Raises:
+        InputError: no file, no GeoJSON.
+    """
+    problems: list[Problem] = []
+    content = _json(path, str(path), problems)
+    refuse(problems)
+    return _features(content, str(path))
 
 
 def parse_geojson(path: Path, file: str, labels: LabelSpace, problems: list[Problem]) -> list[LabelledPoint]:
@@ -152,7 +161,7 @@ def _points(
 
 
 def _label(feature: dict[str, Any], name: str, file: str, labels: LabelSpace, problems: list[Problem]) -> int | None:
-    found = _class_name(feature)
+    found = class_name(feature)
     if not found:
         fix = f"set its class in QuPath to one of {', '.join(labels.names)}"
         problems.append(Problem(file, None, name, "is a point without a class", fix))
@@ -164,7 +173,8 @@ def _label(feature: dict[str, Any], name: str, file: str, labels: LabelSpace, pr
     return labels.names.index(found)
 
 
-def _class_name(feature: dict[str, Any]) -> str | None:
+def class_name(feature: dict[str, Any]) -> str | None:
+    """Class of a feature as QuPath shows it (``A: B`` for derived ones); None where it has none."""
     properties = feature.get("properties")
     classification = properties.get("classification") if isinstance(properties, dict) else None
     if not isinstance(classification, dict):
@@ -172,7 +182,7 @@ def _class_name(feature: dict[str, Any]) -> str | None:
     found = classification.get("name")
     if found is None and isinstance(classification.get("names"), list):
         found = ": ".join(str(part) for part in classification["names"])
-    return str(found) if found else None
+    return str(found).strip() or None if found else None
 
 
 def _pixel(place: Any) -> tuple[int, int] | None:

@@ -336,6 +336,9 @@ def _is_utf8(line: bytes) -> bool:
 
 def _delimiter(text: str) -> str:
     first = next((line for line in text.splitlines() if line.strip()), "")
+    for mark in ",;\t":  # names of classes may hold many of the others
+        if (next(csv.reader([first], delimiter=mark), None) or [""])[0].strip().lower() == "image":
+            return mark
     return max(",;\t", key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
 
 

@@ -99,7 +99,7 @@ def _card(slide: Mapping[str, Any], colours: Mapping[str, str]) -> Markup:
         )
         for label, share in shares
     ]
-    values = json.dumps({"tissue": slide["tissue_mm2"] or 0, **dict(shares)})
+    values = json.dumps({"tissue": slide["tissue_mm2"] or 0} | {f"{label} %": share for label, share in shares})
     area = "" if slide["tissue_mm2"] is None else f"{slide['tissue_mm2']:.2f} mm\u00b2 of tissue"
     chip = "done" if state == "done" else "waiting"
     return tag(

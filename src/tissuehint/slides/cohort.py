@@ -77,7 +77,8 @@ def files_of(word: str) -> list[Path] | None:
     """
     path = Path(word)
     if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.is_file())
+        # hidden files are the doubles that macOS writes beside others
+        return sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
     if path.exists() or not glob.has_magic(word):
         return None
     names = glob.glob(word, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
@@ -95,10 +96,11 @@ def find_slides(words: Sequence[str], out: Path, *, um_per_px: float | None = No
             the columns slide (a path, relative to the table), and where known mpp (um per px of level 0) and outline
             (GeoJSON of its tissue).
         out: each slide gets the folder ``out/<name of the slide>``.
-        um_per_px: of slides for which the table says none.
+        um_per_px: of slides that say none themselves, and for which the table says none.
 
     Raises:
-        InputError: a folder, pattern or table without slides, a bad table, two slides of the same name.
+        InputError: a folder, pattern or table without slides, a bad table, two slides of the same name, two tables
+            that say different things of a slide.
     """
     jobs: list[SlideJob] = []
     for word in words:
@@ -120,9 +122,18 @@ def find_slides(words: Sequence[str], out: Path, *, um_per_px: float | None = No
             rule = f"would write the same folder {out / name} as {other.path}"
             raise InputError(job.path, rule, "predict them into different --out folders, or rename one")
         if other is None:
-            size = um_per_px if job.um_per_px is None else job.um_per_px
-            chosen[name.lower()] = replace(job, folder=out / name, um_per_px=size)
+            chosen[name.lower()] = replace(job, folder=out / name, default_um_per_px=um_per_px)
+        else:
+            chosen[name.lower()] = _both(other, job)
     return list(chosen.values())
+
+
+def _both(one: SlideJob, other: SlideJob) -> SlideJob:
+    """A slide that was named twice, by its folder and by a table, say."""
+    for what, here, there in (("mpp", one.um_per_px, other.um_per_px), ("outline", one.outline, other.outline)):
+        if here is not None and there is not None and here != there:
+            raise InputError(one.path, f"has two values of {what} ({here}, {there})", "name it once, or with one value")
+    return replace(one, um_per_px=one.um_per_px or other.um_per_px, outline=one.outline or other.outline)
 
 
 def _table(path: Path) -> list[SlideJob]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,29 +84,31 @@ class Drawing:
         regions: (polygon with x to the right and y down, class index), in the order in which they were drawn: later
             ones lie above.
         points: (P,3) float rows of (row, column, class).
+        left_out: names of the classes that are not used, each with the number of its annotations; ``no class`` too.
+
+    Regions of these have the class ``IGNORE``: what they cover is not known, whatever was drawn below them.
     """
 
     regions: tuple[tuple[BaseGeometry, int], ...] = ()
     points: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 3)))
+    left_out: tuple[tuple[str, int], ...] = ()
 
 
 def class_names(files: Sequence[Path]) -> tuple[str, ...]:
-    """Classes of the annotations of all files, in the order in which they are met.
+    """Classes of the annotations of all files, in the order in which they are met; none where there is none.
 
     Raises:
-        InputError: a file that is no GeoJSON, no class at all.
+        InputError: a file that is no GeoJSON.
     """
     names = [annotation.label for file in files for annotation in read_annotations(file)]
-    found = tuple(dict.fromkeys(name for name in names if name))
-    if not found:
-        raise InputError(", ".join(map(str, files)), "have no annotation with a class", "set classes in QuPath")
-    return found
+    return tuple(dict.fromkeys(name for name in names if name))
 
 
 def read_drawing(file: Path, labels: LabelSpace, corner: tuple[float, float]) -> Drawing:
     """Regions and points of a QuPath export.
 
-    Annotations of classes that are not in ``labels``, or without a class, are left out; lines too.
+    Annotations without a class are left out, and lines. So are points of a class that is not in ``labels``; regions of
+    it cover what was drawn before them, with nothing that is known.
 
     Args:
         file: GeoJSON.
@@ -113,18 +118,20 @@ def read_drawing(file: Path, labels: LabelSpace, corner: tuple[float, float]) ->
     Raises:
         InputError: no GeoJSON, coordinates that are none.
     """
-    regions, points = [], []
+    regions, points, left_out = [], [], Counter[str]()
     for annotation in read_annotations(file):
-        if annotation.label not in labels.names:
-            continue
-        label = labels.names.index(annotation.label)
-        geometry = _geometry(file, annotation, corner)
-        if annotation.geometry["type"] in POINT_KINDS:
+        kind = annotation.geometry["type"]
+        known = annotation.label in labels.names
+        if not known:
+            left_out[annotation.label or "no class"] += 1
+        label = labels.names.index(annotation.label) if known and annotation.label else IGNORE
+        if kind in POINT_KINDS and known:
+            geometry = _geometry(file, annotation, corner)
             points += [(y, x, label) for x, y in shapely.get_coordinates(geometry).tolist()]
-        elif annotation.geometry["type"] in REGION_KINDS:
-            regions.append((geometry, label))
+        elif kind in REGION_KINDS and annotation.label:
+            regions.append((_geometry(file, annotation, corner), label))
     rows = np.asarray(points, np.float64).reshape(-1, 3)
-    return Drawing(tuple(regions), rows)
+    return Drawing(tuple(regions), rows, tuple(left_out.items()))
 
 
 def _geometry(file: Path, annotation: Annotation, corner: tuple[float, float]) -> BaseGeometry:
@@ -148,9 +155,17 @@ class CutJob:
 
 
 def cut_slide(
-    job: CutJob, labels: LabelSpace, config: CutConfig, folder: Path, *, tissue_config: TissueConfig
+    job: CutJob,
+    labels: LabelSpace,
+    config: CutConfig,
+    folder: Path,
+    *,
+    tissue_config: TissueConfig,
+    told: Callable[[str], None] | None = None,
 ) -> list[Record]:
     """Cut the patches of one slide into ``folder/images``; what they know is in the records.
+
+    Nothing of a slide that fails is left in ``folder``.
 
     Args:
         job: the slide.
@@ -158,15 +173,34 @@ def cut_slide(
         config: which patches.
         folder: a data folder in the making.
         tissue_config: how tissue is found.
+        told: is told which annotations are not used.
 
     Returns:
-        Records with ids ``<slide>/r<row>_c<column>`` of level 0, in reading order.
+        Records with ids ``<slide>/r<row>_c<column>`` of level 0 (with decimals where patches are finer than that), in
+        reading order.
 
     Raises:
         InputError: as the reader of slides and the reader of annotations say.
     """
-    path = job.slide.path
-    with open_slide(path, um_per_px=job.slide.um_per_px) as slide, ThreadPoolExecutor(4) as pool:
+    try:
+        return _cut_slide(job, labels, config, folder, tissue_config, told)
+    except BaseException:
+        for kind in (IMAGES, MASKS):
+            shutil.rmtree(folder / kind / job.slide.path.stem, ignore_errors=True)
+        raise
+
+
+def _cut_slide(
+    job: CutJob,
+    labels: LabelSpace,
+    config: CutConfig,
+    folder: Path,
+    tissue_config: TissueConfig,
+    told: Callable[[str], None] | None,
+) -> list[Record]:
+    one = job.slide
+    opened = open_slide(one.path, um_per_px=one.um_per_px, default_um_per_px=one.default_um_per_px)
+    with opened as slide, ThreadPoolExecutor(4) as pool:
         outline, origin = job.slide.outline, config.origin
         tissue = (
             find_tissue(slide, tissue_config)
@@ -176,6 +210,9 @@ def cut_slide(
         drawing = Drawing()
         if job.annotations is not None:
             drawing = read_drawing(job.annotations, labels, slide.corner(origin))
+            if drawing.left_out and told is not None:
+                names = ", ".join(f"{count} of {name}" for name, count in drawing.left_out)
+                told(f"{job.annotations}: annotations that are not used: {names}")
         cutter = _Cutter(slide, tissue, drawing, labels, config, folder)
         return [record for record in pool.map(cutter.cut, cutter.boxes()) if record is not None]
 
@@ -209,13 +246,17 @@ class _Cutter:
         hints = self._hints(box, mask)
         if not hints and not self.config.unlabelled:
             return None
-        name = f"{self.slide.name}/r{round(box.top)}_c{round(box.left)}"
+        name = f"{self.slide.name}/r{self._place(box.top)}_c{self._place(box.left)}"
         target = self.folder / IMAGES / f"{name}.png"
         with atomic_path(target) as part:
             Image.fromarray(self.slide.read(box, self.um_per_px)).save(part, format="PNG")
         if self.config.masks and mask is not None:
             write_palette_png(self.folder / MASKS / f"{name}.png", mask, self.labels.palette())
         return Record(name, target, group=self.slide.name, um_per_px=round(self.um_per_px, 6), **hints)
+
+    def _place(self, value: float) -> str:
+        """Level-0 pixels; hundredths of them where patches may begin at less than a pixel from each other."""
+        return f"{value:.2f}".rstrip("0").rstrip(".") if self.scale < 1 else str(math.floor(value + 0.5))
 
     def _mask(self, box: Box) -> NDArray[np.uint8] | None:
         """(side,side) class indices of the regions, 255 elsewhere: a pixel belongs to the region of its centre."""
@@ -237,10 +278,12 @@ class _Cutter:
             found["points"] = Points(rows)
         if mask is None:
             return found
-        counts = np.bincount(mask.reshape(-1), minlength=256)[: labels.num_tissue]
-        covered = int((mask != IGNORE).sum())
-        on_tissue = self.tissue.share(box) * mask.size
-        if counts.sum() == 0 or covered < config.annotated * on_tissue:
+        # regions are drawn generously; what they cover of the glass says nothing
+        tissue = self._on_tissue(box)
+        known = mask[tissue] if tissue.any() else mask.reshape(-1)
+        counts = np.bincount(known, minlength=256)[: labels.num_tissue]
+        covered = int((known != IGNORE).sum())
+        if counts.sum() == 0 or covered < config.annotated * known.size:
             return found
         shares = counts / counts.sum()
         if "tags" in config.hints:
@@ -249,15 +292,23 @@ class _Cutter:
             found["proportions"] = Proportions(shares)
         return found
 
+    def _on_tissue(self, box: Box) -> NDArray[np.bool_]:
+        """(side,side): which pixels have their centre on tissue."""
+        centres = (np.arange(self.config.side, dtype=np.float64) + 0.5) * self.scale
+        return self.tissue.at(box.top + centres, box.left + centres)
+
     def _points(self, box: Box) -> NDArray[np.int64]:
-        """(P,3) pixels of the patch; a pixel that was marked twice counts once."""
+        """(P,3) pixels of the patch; of several points in one pixel, the one nearest to its centre counts."""
         rows = self.drawing.points
         inside = (rows[:, 0] >= box.top) & (rows[:, 0] < box.bottom)
         inside &= (rows[:, 1] >= box.left) & (rows[:, 1] < box.right)
         chosen = rows[inside]
-        places = np.floor((chosen[:, :2] - (box.top, box.left)) / self.scale).astype(np.int64)
-        places = places.clip(0, self.config.side - 1)
-        return np.unique(np.column_stack([places, chosen[:, 2].astype(np.int64)]), axis=0)
+        exact = (chosen[:, :2] - (box.top, box.left)) / self.scale
+        places = np.floor(exact).astype(np.int64).clip(0, self.config.side - 1)
+        order = np.argsort(np.abs(exact - places - 0.5).max(1, initial=0), kind="stable")
+        found = np.column_stack([places, chosen[:, 2].astype(np.int64)])[order]
+        _, first = np.unique(found[:, :2], axis=0, return_index=True)
+        return found[first]
 
 
 def write_cut(

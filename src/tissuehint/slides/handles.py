@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import openslide
@@ -104,6 +105,7 @@ class _TiffSlideHandle(Handle):
     reader = "tiffslide"
 
     def __init__(self, path: Path) -> None:
+        _check_alone(path)
         self.slide = tiffslide.TiffSlide(path)
         super().__init__([(height, width) for width, height in self.slide.level_dimensions], self.slide.properties)
         with tifffile.TiffFile(path) as file:
@@ -188,6 +190,20 @@ def open_handle(path: Path) -> Handle:
         except Exception as error:  # tiffslide lets through whatever its decoders raise
             refusal = error
     return _open_image(path, refusal)
+
+
+def _check_alone(path: Path) -> None:
+    """Raise ``InputError`` for an OME-TIFF that names other files as its parts: readers would open these, wherever."""
+    with tifffile.TiffFile(path) as file:
+        text = file.pages.first.description if file.is_ome else ""
+    if not text:
+        return
+    root = ElementTree.fromstring(text)
+    for part in root.iter():
+        named = part.get("FileName") if part.tag.rpartition("}")[2] == "UUID" else None
+        # a file that was renamed still knows itself
+        if named not in (None, path.name) and part.text != root.get("UUID"):
+            raise InputError(path, f"is one of several files (it names {named})", "give a slide of one file")
 
 
 def _pyramid_of_ome(path: Path) -> Handle | None:

@@ -222,7 +222,8 @@ class Mapper:
         folder: of the work in progress; what an earlier run of the same plan left there is kept.
         probabilities: write ``probabilities.zarr`` too.
         batch_size: windows at a time; None takes as many as ``Windows.batch_size`` says.
-        readers: threads that read ahead; None takes as many as there are cores, 8 at most.
+        readers: threads that read ahead; None takes one for two cores, 8 at most: each needs the memory of what it
+            reads, and on the CPU the network needs the cores.
     """
 
     def __init__(
@@ -239,7 +240,7 @@ class Mapper:
     ) -> None:
         self.model, self.slide, self.tissue, self.plan, self.folder = model, slide, tissue, plan, folder
         self.batch_size = batch_size or plan.seen.batch_size(model.device)
-        self.readers = readers or min(8, os.cpu_count() or 1)
+        self.readers = readers or max(1, min(8, (os.cpu_count() or 1) // 2))
         self.waiting = Waiting(folder / WAITING)
         tiling, labels = plan.tiling, model.labels
         core = tiling.core_side

@@ -89,12 +89,14 @@ class SlideJob:
         folder: of its results.
         um_per_px: of its level 0; None takes what the file says.
         outline: GeoJSON of its tissue; None finds it.
+        default_um_per_px: of its level 0, where the file says none and ``um_per_px`` is None.
     """
 
     path: Path
     folder: Path
     um_per_px: float | None = None
     outline: Path | None = None
+    default_um_per_px: float | None = None
 
 
 def predict_slide(
@@ -199,7 +201,9 @@ def _attempt(
     try:
         state.slide = slide_facts(job.path)
         state.write(job.folder)
-        with open_slide(job.path, um_per_px=job.um_per_px) as slide:
+        with open_slide(job.path, um_per_px=job.um_per_px, default_um_per_px=job.default_um_per_px) as slide:
+            if not slide.takes_default:
+                settings["default_um_per_px"] = None
             _Prediction(model, slide, job, config, state).run(batch_size, readers, progress)
         if slide_facts(job.path) != {key: state.slide[key] for key in ("path", "bytes", "modified")}:
             raise InputError(job.path, "was changed while it was read", "run the same command again")
@@ -334,12 +338,15 @@ def _thumbnail_side(slide: Slide) -> int:
 
 def _settings(job: SlideJob, config: SlideConfig) -> dict[str, Any]:
     outline = None if job.outline is None else file_hash(job.outline)
-    found: dict[str, Any] = finite(config.model_dump(mode="json") | {"um_per_px": job.um_per_px, "outline": outline})
+    sizes = {"um_per_px": job.um_per_px, "default_um_per_px": job.default_um_per_px}
+    found: dict[str, Any] = finite(config.model_dump(mode="json") | sizes | {"outline": outline})
     return found
 
 
 def _same(earlier: SlideState, job: SlideJob, model: dict[str, Any], settings: dict[str, Any]) -> bool:
     """Whether a finished slide is still what is asked for; a slide that has gone since does not matter."""
+    if earlier.settings.get("default_um_per_px") is None:
+        settings = settings | {"default_um_per_px": None}  # the slide says its own
     if earlier.model.get("sha256") != model["sha256"] or earlier.settings != settings:
         return False
     try:

@@ -52,31 +52,38 @@ class Slide:
         properties: what the file says about itself, names as the reader gives them.
     """
 
-    def __init__(self, path: Path, um_per_px: float | None, first: Handle) -> None:
+    def __init__(
+        self, path: Path, um_per_px: float | None, first: Handle, *, default_um_per_px: float | None = None
+    ) -> None:
         self.path, self.name = path, path.stem
         self.reader: str = first.reader
         self.levels = first.levels
         self.shape = (self.levels[0].height, self.levels[0].width)
         self.properties = dict(first.properties)
         self.bounds = _bounds(self.properties, self.shape)
-        self._given = um_per_px
+        self._given, self._default = um_per_px, default_um_per_px
         self._start()
         self._register(first)
 
     @property
     def um_per_px(self) -> float:
-        """Side of a level-0 pixel in micrometres: the one given to ``open_slide``, else what the file says.
+        """Side of a level-0 pixel in micrometres: given to ``open_slide``, or what the file says, or the default.
 
         Raises:
             InputError: neither is there, or the pixels are not square.
         """
         if self._given is not None:
             return self._given
-        found = _microns(self.path, self.properties)
+        found = _microns(self.path, self.properties) or self._default
         if found is None:
             rule = "states no microns per pixel"
             raise InputError(self.path, rule, "give --mpp, or a column mpp in a CSV table of the slides")
         return found
+
+    @property
+    def takes_default(self) -> bool:
+        """Whether ``um_per_px`` is the default of ``open_slide``."""
+        return self._given is None and self._default is not None and _microns(self.path, self.properties) is None
 
     def corner(self, origin: Origin) -> tuple[float, float]:
         """(top, left) of the place from which ``origin`` measures, in level-0 pixels of the slide."""
@@ -224,23 +231,25 @@ class Slide:
                     raise InputError(self.path, f"is damaged or truncated ({error})", COPY_AGAIN) from error
 
 
-def open_slide(path: Path, *, um_per_px: float | None = None) -> Slide:
+def open_slide(path: Path, *, um_per_px: float | None = None, default_um_per_px: float | None = None) -> Slide:
     """Open a slide with the first of OpenSlide, tiffslide and Pillow that reads it.
 
     Args:
         path: the file.
         um_per_px: side of a level-0 pixel in micrometres, for slides that do not say or say it wrong; None believes
             the file. A slide without it opens; what needs it says so.
+        default_um_per_px: for a file that says none, where ``um_per_px`` is not given.
 
     Raises:
         InputError: no such file, a folder, an empty, truncated or damaged file, a format that nobody reads, a plain
             image with the name of a slide, or a pixel size that is not in 0..100.
     """
     path = Path(path)
-    if um_per_px is not None and not 0 < um_per_px <= LARGEST_UM_PER_PX:
-        rule = f"is not above 0 and at most {LARGEST_UM_PER_PX:g}"
-        raise InputError(f"{um_per_px} um/px", rule, "give micrometres per pixel, 0.25 for 40x")
-    return Slide(path, um_per_px, open_handle(path))
+    for value in (um_per_px, default_um_per_px):
+        if value is not None and not 0 < value <= LARGEST_UM_PER_PX:
+            rule = f"is not above 0 and at most {LARGEST_UM_PER_PX:g}"
+            raise InputError(f"{value} um/px", rule, "give micrometres per pixel, 0.25 for 40x")
+    return Slide(path, um_per_px, open_handle(path), default_um_per_px=default_um_per_px)
 
 
 def _whole(start: float, count: int, step: float) -> bool:

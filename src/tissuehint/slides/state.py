@@ -74,11 +74,30 @@ class SlideState:
             values = json.loads(file.read_text(encoding="utf-8"))
             newer = values.pop("format") > FORMAT
             if not newer:
-                return cls(**values)
+                return _checked(cls(**values))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             reason = " ".join(str(error).split())[:100]
             raise InputError(file, f"is damaged ({reason})", "delete the folder of this slide") from None
         raise InputError(file, "has a newer format than this version reads", "update tissuehint")
+
+
+def _checked(state: SlideState) -> SlideState:
+    """What a file that was written by hand may have wrong."""
+    kinds = {
+        "slide": dict,
+        "map": dict,
+        "labels": dict,
+        "model": dict,
+        "settings": dict,
+        "areas": list,
+        "outputs": list,
+    }
+    for name, kind in kinds.items():
+        if not isinstance(getattr(state, name), kind):
+            raise TypeError(f"{name} is no {kind.__name__}")
+    if not all(isinstance(row, dict) and "class" in row for row in state.areas):
+        raise TypeError("areas holds what is no row of a class")
+    return state
 
 
 def slide_facts(path: Path) -> dict[str, Any]:

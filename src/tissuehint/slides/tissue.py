@@ -21,6 +21,7 @@ from rasterio.features import rasterize, shapes
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
+from tissuehint.data.qupath import class_name, read_features
 from tissuehint.errors import InputError
 from tissuehint.files import write_text
 from tissuehint.slides.coordinates import Box, Origin, Placement
@@ -340,13 +341,13 @@ def _read_polygons(path: Path) -> Iterator[tuple[str, list[Any]]]:
     Raises:
         InputError: no file, no GeoJSON, no polygon.
     """
-    features = _features(path)
+    features = read_features(path)
     found, others = 0, 0
     for number, feature in enumerate(features, 1):
         geometry = feature.get("geometry")
         if not isinstance(geometry, dict) or geometry.get("type") not in ("Polygon", "MultiPolygon"):
             continue
-        if _class(feature) not in (None, CLASS_NAME):
+        if class_name(feature) not in (None, CLASS_NAME):
             others += 1
             continue
         kind, coordinates = geometry["type"], geometry.get("coordinates")
@@ -358,29 +359,6 @@ def _read_polygons(path: Path) -> Iterator[tuple[str, list[Any]]]:
     if not found:
         rule = f"has no polygon of class {CLASS_NAME} or without class ({others} of other classes)"
         raise InputError(path, rule, f"draw tissue and set its class to {CLASS_NAME}")
-
-
-def _features(path: Path) -> list[dict[str, Any]]:
-    try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError as error:
-        raise InputError(path, "does not exist", "check the path") from error
-    except OSError as error:
-        raise InputError(path, f"cannot be read ({error.strerror})", "check the file") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(path, f"is no JSON ({error})", EXPORT) from error
-    if isinstance(content, dict):
-        content = content.get("features") if content.get("type") == "FeatureCollection" else [content]
-    if not isinstance(content, list) or not all(isinstance(feature, dict) for feature in content):
-        raise InputError(path, "is no FeatureCollection, list of features or feature", EXPORT)
-    return content
-
-
-def _class(feature: dict[str, Any]) -> str | None:
-    properties = feature.get("properties")
-    classification = properties.get("classification") if isinstance(properties, dict) else None
-    name = classification.get("name") if isinstance(classification, dict) else None
-    return str(name) if name else None
 
 
 def _points(path: Path, name: str, ring: Any) -> NDArray[np.float64]:

@@ -76,7 +76,8 @@ class Collection:
         if (self.root / RECORD).is_file():
             return [self.root]
         # a name that starts with a dot is work in progress
-        inner = [inside(path, self.root) for path in self.root.iterdir() if not path.name.startswith(".")]
+        named = [path for path in self.root.iterdir() if not path.name.startswith(".") and _is_text(path.name)]
+        inner = [inside(path, self.root) for path in named]
         return [folder for folder in inner if folder is not None and (folder / RECORD).is_file()]
 
     def _read(self, folder: Path, before: SlideRecord | None) -> SlideRecord | None:
@@ -86,6 +87,14 @@ class Collection:
             return None
         version = f"{facts.st_mtime_ns:x}-{facts.st_size:x}-{facts.st_ino:x}"
         return before if before is not None and before.version == version else read_record(folder, version)
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name is one that an address can hold; on Linux any bytes are a name."""
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def natural(text: str) -> list[tuple[int, str]]:

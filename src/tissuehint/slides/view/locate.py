@@ -45,7 +45,8 @@ class SlideFinder:
             return None, f"{others[0]} has {size} bytes, the slide that was mapped has {geometry.bytes}"
         if self.slides:
             where = ", ".join(map(str, self.slides))
-            return None, f"no file {name} in {where}; give its folder with --slides"
+            fix = "give its folder with --slides (links that lead out of these folders are not followed)"
+            return None, f"no file {name} in {where}; {fix}"
         folder = geometry.path[: -len(name)].rstrip("/\\") or "FOLDER"
         return None, f"to see the slide itself, start with --slides {_quoted(folder)}"
 

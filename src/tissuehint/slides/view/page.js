@@ -212,7 +212,7 @@ const drawPanel = () => {
     ["Pixel", `${Number(um.toPrecision(4))} µm, map ${Number(slide.map_um_per_px.toPrecision(4))} µm`],
     ["File", slide.file],
     ["Model", slide.model],
-    ["Tissue", area(slide.tissue_mm2)],
+    ["Tissue classes", area(slide.tissue_mm2)],
   ];
   byId("facts").replaceChildren(...facts.filter(([, text]) => text).flatMap(([name, text]) =>
     [make("dt", {}, name), make("dd", {}, text)]));

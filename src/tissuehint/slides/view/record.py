@@ -156,7 +156,9 @@ def _load(folder: Path) -> dict[str, Any]:
         raise InputError(RECORD, "leads out of its folder", _AGAIN)
     if path.stat().st_size > LARGEST_RECORD:
         raise InputError(RECORD, "is too large to be a record", _AGAIN)
-    values = json.loads(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    values = json.loads(text)
+    json.dumps(values, ensure_ascii=False).encode()  # halves of characters, which no answer could hold
     if not isinstance(values, dict):
         raise InputError(RECORD, "is damaged (it holds no object)", _AGAIN)
     if values["format"] > FORMAT:
