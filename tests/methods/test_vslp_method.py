@@ -64,8 +64,10 @@ class TestAreas:
         ],
         ids=["learned", "total_variation", "log", "primal_dual", "confidence_alone"],
     )
-    def test_near_hard_areas_are_within_a_percent(self, fusion, monkeypatch):
-        method = with_views(vslp(fusion=fusion), smooth_views(), monkeypatch)
+    @pytest.mark.parametrize("sure", [1, 6, 20])
+    def test_near_hard_areas_are_within_a_percent(self, fusion, sure, monkeypatch):
+        views = (sure * smooth_views().log()).softmax(2)  # of a likeliest class of .75, .96 and .99 on average
+        method = with_views(vslp(fusion=fusion), views, monkeypatch)
         proportions = torch.tensor([[0.6, 0.3, 0.1], [0.05, 0.05, 0.9], [0.5, 0.5, 0.0]])
         batch = Batch(["a", "b", "c"], torch.rand(3, 3, 224, 224), proportions=proportions)
         maps = method.label_guided(batch)
@@ -91,12 +93,20 @@ class TestAreas:
             assert float((free.float().mean((1, 2)) - wanted.mean((1, 2))).abs().max()) > 0.02
             assert not torch.equal(held.argmax(3), wanted.argmax(3))
 
-    def test_without_proportions_their_areas_are_not_used(self, monkeypatch):
+    def test_what_explains_a_map_without_proportions_does_not_know_them(self, monkeypatch):
         method = with_views(vslp(), smooth_views(), monkeypatch)
         images = torch.rand(3, 3, 224, 224)
         skewed = Batch(["a", "b", "c"], images, proportions=torch.tensor([[0.9, 0.05, 0.05]] * 3))
-        free = F.one_hot(method.predict(images).argmax(1), 3).float().mean((1, 2))
-        assert float((free - skewed.proportions).abs().max()) > 0.1
+        found = method.explain(skewed)
+        torch.testing.assert_close(found["soft_map"], method.fuse(images).u)
+        assert not torch.allclose(found["guided_map"], found["soft_map"], atol=0.1)
+
+    def test_an_image_without_proportions_is_explained_with_those_of_its_free_map(self, monkeypatch):
+        method = with_views(vslp(), smooth_views(), monkeypatch)
+        batch = Batch(["a", "b", "c"], torch.rand(3, 3, 224, 224), proportions=torch.zeros(3, 3))
+        found = method.explain(batch)
+        free, guided = (F.one_hot(found[name].argmax(1), 3).float().mean((1, 2)) for name in ("soft_map", "guided_map"))
+        assert float((free - guided).abs().max()) < 0.005
 
     def test_proportions_none_does_not_look_at_them(self, monkeypatch):
         method = with_views(vslp(fusion={**SMALL, "proportions": "none"}), smooth_views(), monkeypatch)
@@ -324,13 +334,24 @@ class TestLearningParts:
         right = (seen.probabilities.mean(1).argmax(1) == labels).float().mean()
         assert 0.5 < float(right) < 0.99
 
+    def test_damage_moves_nothing_on_average(self):
+        torch.manual_seed(0)
+        labels = torch.zeros(64, 57, 60, dtype=torch.long)
+        labels[:, 20:36, 20:36] = 1
+        shares = torch.stack([damaged(labels, 2).probabilities[:, :, 1].mean((0, 1)) for _ in range(10)]).mean(0)
+        heavy = (shares - shares[:, :10].mean()).clamp_min(0)[10:46, 10:46]  # less what is wrong everywhere
+        places = torch.arange(10, 46) + 0.5
+        middle = (heavy.sum(1) @ places / heavy.sum(), heavy.sum(0) @ places / heavy.sum())
+        assert [float(place) for place in middle] == pytest.approx([28, 28], abs=0.15)
+
     def test_a_dead_zone_forgives_rounding(self, monkeypatch):
-        method = vslp(learning={"dead_zone": 1.0 - 1e-6, "warm_up": 0, "views": 1})
-        learner = vslp_learning.RegulariserLearning(method)
         monkeypatch.setattr(vslp_learning.RegulariserLearning, "_entropy_weight", lambda self: 0.1)
-        terms = learner.terms(fake_batch(fake_labels(white=False), count=2))
-        assert float(terms["proportions"].detach()) == 0
-        assert float(terms["consensus"].detach()) >= 0
+        batch, losses = fake_batch(fake_labels(white=False), count=2), []
+        for zone in (0.0, 0.05, 0.1):
+            method = vslp(learning={"dead_zone": zone, "warm_up": 0, "views": 1, "proportion_weight": 1.0})
+            torch.manual_seed(1)
+            losses.append(float(vslp_learning.RegulariserLearning(method).terms(batch)["proportions"].detach()))
+        assert losses[0] > losses[1] > losses[2]
 
 
 class TestConfig:

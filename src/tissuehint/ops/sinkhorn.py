@@ -38,6 +38,10 @@ SMALLEST_PRODUCT = 1 / 60
 #: Below this relative epsilon the potentials start from those of an epsilon larger by this factor.
 EASY_EPSILON, COOLING = 0.05, 2.0
 
+#: Histograms that differ by no more in any class are the same: single precision cannot tell from the rows of the plan
+#: which potentials these have.
+SAME = 1e-5
+
 #: Histograms may be off from sum 1 by this much; they are scaled.
 SUM_TOLERANCE = 1e-3
 
@@ -61,8 +65,8 @@ class Transport(NamedTuple):
 
     Args:
         value: (M,), <P, C>, without the entropy term. Its gradient is the envelope's: f towards a and g towards b, each
-            less its mean, and P towards the cost at a fixed eps; that is the exact gradient of the dual value, and the
-            one of <P, C> up to the entropy term, which is at most eps log K.
+            less its mean, and P towards the cost at a fixed eps. That is the gradient of the dual value, which differs
+            from <P, C> by the entropy term, at most eps log K: finite differences are to be taken of the dual.
         plan: P (M,K,K), mass from class i of a to class j of b; columns sum to b, rows to a up to about 1e-5
             (1e-12 in float64) if the iterations were enough. No gradient.
         potentials: f and g. No gradient.
@@ -91,7 +95,8 @@ def transport(
         epsilon: above 0; strength of the entropy as a share of the largest cost.
         iterations: most turns, at least 1; histograms whose rows are right are left alone earlier. Below an epsilon of
             .05 as many again for every halving on the way.
-        start: (M,K) potentials ``source`` of histograms near to these, from which few turns are left to go; None is 0.
+        start: (M,K) potentials ``source`` of histograms near to these, from which few turns are left to go; what they
+            do not lead to an end begins anew without them. None is 0.
 
     Returns:
         Values, plans and potentials, computed in float64 if a is, otherwise in float32. With ``cost`` 0 everywhere the
@@ -159,7 +164,10 @@ class _Transport(torch.autograd.Function):
             rows = [each.T.contiguous().to(torch.float64 if precise else a.dtype) for each in (a, b)]
             kernel = kernel.to(rows[0])
             known = None if start is None or scale == 0 else start.detach().T.to(rows[0]) / scale
-            f, g = _solve(rows[0], rows[1], kernel, iterations, epsilon, known)
+            f, g, unsolved = _solve(rows[0], rows[1], kernel, iterations, epsilon, known)
+            if known is not None and len(unsolved):
+                some = (rows[0][:, unsolved], rows[1][:, unsolved])
+                f[:, unsolved], g[:, unsolved], _ = _solve(*some, kernel, iterations, epsilon)
             plan = _plan(_log(rows[0]), _log(rows[1]), f, g, kernel)
             middle = f.mean(0)
             source, target = (scale * (f - middle)).T.to(a), (scale * (g + middle)).T.to(a)
@@ -181,10 +189,11 @@ class _Transport(torch.autograd.Function):
 
 def _solve(
     a: Tensor, b: Tensor, kernel: Tensor, iterations: int, epsilon: float, start: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Potentials (K,M) in units of eps for histograms (K,M) and log kernel (K,K) = -C / eps.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Potentials (K,M) in units of eps for histograms (K,M) and log kernel (K,K) = -C / eps; and which are not right.
 
     A small epsilon is reached from a larger one: from far away Newton's step, cut as it is, would take too many turns.
+    For a = b and a symmetric cost f = g, which is - log(a) / 2 up to what moves, exp(-C / eps).
     """
     f = torch.zeros_like(a) if start is None else start.clone()
     if start is None and epsilon < EASY_EPSILON:
@@ -192,20 +201,21 @@ def _solve(
         ratio = easier / epsilon
         f = _solve(a, b, kernel / ratio, iterations, easier)[0] * ratio
     log_a, log_b = _log(a), _log(b)
+    f = torch.where((a - b).abs().amax(0) <= SAME, -log_a / 2, f)
     g = _answer(log_a, f, kernel.T)
     rest = torch.arange(a.shape[1], device=a.device)  # histograms that are not solved yet
-    for _ in range(iterations):
+    for turn in range(iterations + 1):
         plan = _plan(log_a[:, rest], log_b[:, rest], f[:, rest], g[:, rest], kernel)
         lacking = a[:, rest] - plan.sum(1)
         wrong = lacking.abs().amax(0) > TOLERANCES[a.dtype]
         rest = rest[wrong]
-        if len(rest) == 0:
+        if len(rest) == 0 or turn == iterations:
             break
         part = (a[:, rest], b[:, rest], log_a[:, rest], log_b[:, rest], f[:, rest], g[:, rest])
         f[:, rest], g[:, rest] = _turn(*part, plan[:, :, wrong], lacking[:, wrong], kernel)
     # finite where a histogram is 0 too; columns last, so that they are exact
     f = _answer(log_b, g, kernel)
-    return f, _answer(log_a, f, kernel.T)
+    return f, _answer(log_a, f, kernel.T), rest
 
 
 def _turn(

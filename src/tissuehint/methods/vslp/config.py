@@ -171,6 +171,11 @@ class FusionConfig(BaseModel):
                 "ground_cost with fidelity wasserstein has no second derivatives, from which total_deep_variation "
                 "could learn; use fidelity: linear, or regulariser.name: total_variation"
             )
+        if self.solver == "primal_dual" and self.proportions == "soft" and self.ground_cost is not None:
+            raise ValueError(
+                "primal_dual has soft proportions at the cost 1 between any two classes alone; leave ground_cost out, "
+                "or use proportions: near_hard, or solver: flow"
+            )
         if self.fidelity == "log" and self.ground_cost is not None:
             raise ValueError("ground_cost has no meaning for fidelity log; leave it out")
         cost = self.ground_cost

@@ -23,11 +23,12 @@ from tissuehint.ops.sinkhorn import transport
 #: Of the absolute value and of the length of a gradient (VSLP spec, Section 4).
 SMOOTHING = 1e-2
 
-#: Of the transport of a pixel to a view: to 1e-5 from 0, fewer are needed from the potentials of a map nearby.
+#: Of the transport of a pixel to a view; fewer are needed from the potentials of a map nearby.
 TURNS = 20
 
-#: Views never say that a class is impossible.
-SMALLEST = 1e-4
+#: Views never say that a class is impossible: below the first, a logarithm falls at this share of its slope, so that
+#: pixels that are sure keep their order.
+SMALLEST, SLOPE, LEAST = 1e-4, 0.01, 1e-30
 
 
 class EdgeWeightedTotalVariation:
@@ -157,7 +158,7 @@ class FusionEnergy:
         """Linear cost c (B,C,h,w) of the classes: sum_t w_t C p_t, or - sum_t w_t log p_t."""
         views, weights = self.seen.probabilities, self.view_weights()[:, :, None]
         if self.config.fidelity == "log":
-            return -(weights * views.clamp_min(SMALLEST).log()).sum(1)
+            return -(weights * bounded_log(views)).sum(1)
         mean = (weights * views).sum(1)
         if self.config.ground_cost is None:
             return 1 - mean
@@ -189,6 +190,11 @@ def smooth_distance(one: Tensor, other: Tensor, axis: int = 1) -> Tensor:
     return (((one - other).square() + SMOOTHING**2).sqrt() - SMOOTHING).sum(axis) / 2
 
 
+def bounded_log(probabilities: Tensor) -> Tensor:
+    """log(p + 1e-4) + log(p + 1e-30) / 100: the logarithm, but for classes that are all but ruled out."""
+    return (probabilities + SMALLEST).log() + SLOPE * (probabilities + LEAST).log()
+
+
 def entropy(probabilities: Tensor, axis: int = 1) -> Tensor:
     """- sum p log p along an axis, in nats."""
     return -(probabilities * probabilities.clamp_min(1e-12).log()).sum(axis)
@@ -206,7 +212,7 @@ def average(seen: Seen, kind: str) -> Tensor:
     if kind == "mean":
         mean = (weights[:, :, None] * seen.probabilities).sum(1)
         return mean / mean.sum(1, keepdim=True).clamp_min(1e-8)
-    return (weights[:, :, None] * seen.probabilities.clamp_min(SMALLEST).log()).sum(1).softmax(1)
+    return (weights[:, :, None] * bounded_log(seen.probabilities)).sum(1).softmax(1)
 
 
 def areas(u: Tensor, tissue: Tensor) -> Tensor:

@@ -21,10 +21,11 @@ SMALLEST = 1e-6
 #: After a step that was taken, and after one that was not (VSLP spec, Section 5).
 GROWTH, SHRINKAGE = 1.2, 0.5
 
-#: Least fall of the energy, per pixel, for which a step is taken; below it rounding decides.
-LEAST_FALL = 1e-6
+#: Least fall of the energy for which a step is taken, in units of the rounding of its pixels; below it that decides.
+LEAST_FALL = 4
 
 OfMap = Callable[[Tensor], Tensor]
+ValueOfMap = Callable[[Tensor], tuple[Tensor, Tensor]]
 Projection = OfMap
 
 
@@ -68,8 +69,8 @@ def minimise(
         start: (B,K,H,W) at least 0, summing to 1 over K.
         steps: at least 0.
         step_size: first tau, one for all or (B,).
-        halvings: how often a step is tried again. An image where none of them lowers the energy by a millionth per
-            pixel has arrived, and stays where it is.
+        halvings: how often a step is tried again, at least 0. An image where none of them lowers the energy by more
+            than rounding has arrived, and stays where it is.
         project: from logarithms of a map, up to a constant at each pixel, to those of the nearest map that is allowed;
             start and steps go through it. None allows all.
 
@@ -78,8 +79,8 @@ def minimise(
         the moved one.
 
     Raises:
-        InputError: a start that is no tissue map, a step size that is not above 0, negative steps, an energy of another
-            shape.
+        InputError: a start that is no tissue map, a step size that is not above 0, negative steps or halvings, an
+            energy of another shape.
 
     Example:
         >>> start = torch.full((1, 2, 1, 3), 0.5)
@@ -87,7 +88,7 @@ def minimise(
         >>> round(float(flow.u[0, 0, 0, 0]), 2), bool((flow.energies.diff(dim=0) <= 0).all())
         (0.8, True)
     """
-    _check(start, steps)
+    _check(start, steps, halvings)
     tau = torch.as_tensor(step_size, dtype=start.dtype, device=start.device).expand(len(start)).clone()
     if not bool((tau > 0).all()):
         raise InputError(f"step_size {step_size}", "is not above 0", "use 1")
@@ -96,11 +97,13 @@ def minimise(
         u = start.detach()
         if project is not None:
             u = project(u.clamp_min(SMALLEST).log()).softmax(1)
-        energies = [value(u)]
+        first, fall = value(u)
+        energies = [first]
         going_on = torch.ones(len(start), dtype=torch.bool, device=start.device)
         for _ in range(steps):
             if bool(going_on.any()):
-                u, reached, tau, going_on = _step(value, gradient(u), u, energies[-1], tau, going_on, halvings, project)
+                now = (energies[-1], fall, tau, going_on)
+                u, reached, fall, tau, going_on = _step(value, gradient(u), u, *now, halvings, project)
                 energies.append(reached)
             else:
                 energies.append(energies[-1])
@@ -114,61 +117,68 @@ def mirror_step(u: Tensor, gradient: Tensor, tau: Tensor, project: Projection | 
 
 
 def _step(
-    value: OfMap,
+    value: ValueOfMap,
     gradient: Tensor,
     u: Tensor,
     before: Tensor,
+    fall: Tensor,
     tau: Tensor,
     going_on: Tensor,
     halvings: int,
     project: Projection | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The step with backtracking: map (B,K,H,W), energies, step sizes, and which images have taken it (B,)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The step with backtracking: map (B,K,H,W), energies, falls that count, step sizes, and who goes on (B,)."""
     waiting = going_on
     best, reached = u, before
-    enough = before - LEAST_FALL * u.shape[2] * u.shape[3]
+    enough = before - fall
     for _ in range(halvings + 1):
         proposed = mirror_step(u, gradient, tau, project)
-        found = value(proposed)
+        found, next_fall = value(proposed)
         # neither for NaN in the energy, nor for one in a pixel that the energy does not look at
-        taken = waiting & (found <= enough) & proposed.flatten(1).isfinite().all(1)
+        taken = waiting & (found <= enough) & (found < before) & proposed.flatten(1).isfinite().all(1)
         best = torch.where(taken[:, None, None, None], proposed, best)
         reached = torch.where(taken, found, reached)
+        fall = torch.where(taken, next_fall, fall)
         tau = torch.where(taken, tau * GROWTH, torch.where(waiting, tau * SHRINKAGE, tau))
         waiting = waiting & ~taken
         if not bool(waiting.any()):
             break
-    return best, reached, tau, going_on & ~waiting
+    return best, reached, fall, tau, going_on & ~waiting
 
 
-def _parts(energy: Energy | OfMap) -> tuple[OfMap, OfMap]:
-    """Energy (B,) and gradient of either form."""
+def _parts(energy: Energy | OfMap) -> tuple[ValueOfMap, OfMap]:
+    """Energy (B,) with the fall (B,) that counts, and gradient, of either form."""
     at_pixels: OfMap = energy.energy if isinstance(energy, Energy) else energy
 
-    def value(u: Tensor) -> Tensor:
+    def value(u: Tensor) -> tuple[Tensor, Tensor]:
         found = at_pixels(u)
         if found.ndim not in (1, 3) or len(found) != len(u):
             rule = f"is ({len(u)},) or ({len(u)},H,W) for {len(u)} maps"
             raise InputError(f"energy of shape {tuple(found.shape)}", rule, "sum over classes, not over images")
         precise = found.dtype if found.device.type == "mps" else torch.float64
-        return found.flatten(1).sum(1, dtype=precise) if found.ndim > 1 else found.to(precise)
+        pixels = found.reshape(len(found), -1)
+        fall = LEAST_FALL * torch.finfo(found.dtype).eps * pixels.abs().sum(1, dtype=precise)
+        return pixels.sum(1, dtype=precise), fall
 
     if isinstance(energy, Energy):
         return value, energy.gradient
 
     def gradient(u: Tensor) -> Tensor:
-        with torch.enable_grad():
-            at = u.detach().requires_grad_()
-            (found,) = torch.autograd.grad(value(at).sum(), at)
-        return found
+        with torch.inference_mode(False), torch.enable_grad():
+            at = u.detach().clone().requires_grad_()
+            total = value(at)[0].sum()
+            # an energy that is the same for every map
+            return torch.autograd.grad(total, at)[0] if total.requires_grad else torch.zeros_like(u)
 
     return value, gradient
 
 
-def _check(start: Tensor, steps: int) -> None:
+def _check(start: Tensor, steps: int, halvings: int) -> None:
     if start.ndim != 4:
         raise InputError(f"start of shape {tuple(start.shape)}", "is (B,K,H,W)", "add or drop an axis")
     if not bool((start >= 0).all()) or not bool(((start.sum(1) - 1).abs() < 1e-3).all()):
         raise InputError("start", "is no tissue map: at least 0, summing to 1 at every pixel", "take a softmax")
     if steps < 0:
         raise InputError(f"steps {steps}", "is negative", "use 0 or more")
+    if halvings < 0:
+        raise InputError(f"halvings {halvings}", "is negative", "use 0 or more")

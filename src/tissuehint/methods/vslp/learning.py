@@ -213,11 +213,12 @@ def damaged(labels: Tensor, classes: int) -> Seen:
     views = []
     for _ in range(DAMAGED_VIEWS):
         side = int(torch.randint(2, 5, ()))
-        moved = sharp.roll(torch.randint(side, (2,)).tolist(), (2, 3))
-        coarse = (max(1, size[0] // side), max(1, size[1] // side))
-        cells = F.adaptive_avg_pool2d(moved, coarse)
-        noise = DAMAGE * torch.randn(len(labels), classes, *coarse).to(cells)
+        top, left = torch.randint(side, (2,)).tolist()  # where in a cell the map begins
+        bottom, right = -(size[0] + top) % side, -(size[1] + left) % side
+        cells = F.avg_pool2d(F.pad(sharp, (left, right, top, bottom), mode="replicate"), side)
+        noise = DAMAGE * torch.randn(cells.shape).to(cells)
         wrong = ((cells.clamp_min(0.02).log() + noise) / 2).softmax(1)
-        views.append(F.interpolate(wrong, size, mode="bilinear", align_corners=False))
+        wide = F.interpolate(wrong, scale_factor=side, mode="bilinear", align_corners=False)
+        views.append(wide[:, :, top : top + size[0], left : left + size[1]])
     seen = torch.stack(views, 1)
     return Seen(seen, torch.ones_like(seen[:, :, 0]))

@@ -25,7 +25,7 @@ from tissuehint.methods.vslp.energy import (
     disagreement,
     entropy,
 )
-from tissuehint.methods.vslp.flow import SMALLEST, Flow, Projection, minimise
+from tissuehint.methods.vslp.flow import Flow, Projection, minimise
 from tissuehint.methods.vslp.learning import RegulariserLearning
 from tissuehint.methods.vslp.pictures import write_pictures
 from tissuehint.methods.vslp.views import Seen, View, bring_back, look
@@ -39,6 +39,10 @@ CALIBRATION_IMAGES = 128
 
 #: The flow keeps the proportions of maps that are sharpened by this temperature, and ends with those of the argmax.
 PROJECTION_TEMPERATURE, FINAL_TEMPERATURE = 0.1, 0.02
+
+#: Equal scores cannot be divided among classes: scores are logarithms of probabilities down to this one, and pixels
+#: that the exact solver decided keep a little of the order of the confidence map.
+LEAST, UNDECIDED = 1e-30, 1e-3
 
 #: A step that lowers the energy not even at a 64th of its length is the last: on EBHI-Seg as good as with 20 halvings.
 HALVINGS = 6
@@ -171,12 +175,17 @@ class VSLP(WeakMethod):
         known = proportions.sum(1) > 0
         # an image without proportions gets any, and no map
         filled = torch.where(known[:, None], proportions, 1 / proportions.shape[1])
-        maps = self._tissue_map(self.fuse(batch.images, filled).u, batch.images)
+        fusion = self.config.fusion
+        held = filled if fusion is None or fusion.proportions == "near_hard" else None
+        maps = self._tissue_map(self.fuse(batch.images, filled).u, batch.images, held)
         return maps * known[:, None, None, None]
 
     @torch.no_grad()
     def fuse(self, images: Tensor, proportions: Tensor | None = None, seen: Seen | None = None) -> Flow:
-        """Soft maps (B,C,h,w) on the working grid, and the energies on the way; ``seen`` if it is known already."""
+        """Soft maps (B,C,h,w) on the working grid, and the energies on the way; ``seen`` if it is known already.
+
+        Areas that are held are those of the map that is returned; its energies are of the flow before.
+        """
         seen = self.see(images) if seen is None else seen
         start = average(seen, self.config.average)
         fusion = self.config.fusion
@@ -192,6 +201,8 @@ class VSLP(WeakMethod):
             held = areas(start, energy.tissue)
         if fusion.solver == "primal_dual":
             found = self._exact(energy, proportions if held is None else held, near_hard=held is not None)
+            if held is not None:
+                found = found._replace(u=found.u.lerp(start, UNDECIDED))
         else:
             # guesses hold the end alone: as good, and the flow stays cheap
             found = self._flow(energy, start, proportions)
@@ -218,10 +229,9 @@ class VSLP(WeakMethod):
         }
         if proportions is not None:
             # an image without proportions keeps those of its free map
-            free = found["soft_map"].mean((2, 3))
-            proportions = torch.where(
-                proportions.sum(1, keepdim=True) > 0, proportions, free / free.sum(1, keepdim=True)
-            )
+            tissue = F.adaptive_avg_pool2d(self.tissue(images)[:, None], self.grid(images))[:, 0]
+            free = areas(found["soft_map"], tissue)
+            proportions = torch.where(proportions.sum(1, keepdim=True) > 0, proportions, free)
             found["guided_map"] = self.fuse(images, proportions, seen).u
         if self.config.fusion is None:
             return found
@@ -283,12 +293,18 @@ class VSLP(WeakMethod):
         """Move the classes of a map by biases, so that the likeliest ones have these areas."""
         return found._replace(u=self._with_bias(found.u, proportions, tissue, FINAL_TEMPERATURE))
 
-    def _with_bias(self, u: Tensor, proportions: Tensor, tissue: Tensor, temperature: float) -> Tensor:
-        logarithms = u.clamp_min(SMALLEST).log()
-        bias = capacity_bias(logarithms, proportions, tissue, temperature=temperature)
+    def _with_bias(
+        self, u: Tensor, proportions: Tensor, tissue: Tensor, temperature: float, *, annealing: bool = True
+    ) -> Tensor:
+        logarithms = u.clamp_min(LEAST).log()
+        bias = capacity_bias(logarithms, proportions, tissue, temperature=temperature, annealing=annealing)
         return (logarithms + bias[:, :, None, None]).softmax(1)
 
-    def _tissue_map(self, u: Tensor, images: Tensor) -> Tensor:
+    def _tissue_map(self, u: Tensor, images: Tensor, proportions: Tensor | None = None) -> Tensor:
+        """At the size of the images, where the areas of small classes would be smaller than on the working grid."""
         shares = F.interpolate(u, images.shape[-2:], mode="bilinear", align_corners=False)
         shares = shares / shares.sum(1, keepdim=True).clamp_min(1e-8)
+        if proportions is not None:
+            tissue = self.tissue(images)
+            shares = self._with_bias(shares, proportions, tissue, FINAL_TEMPERATURE, annealing=False)
         return self.config.split_white(self.config.refine(shares, images), images, self.labels)

@@ -86,8 +86,8 @@ class TotalDeepVariation(nn.Module):
     def gradient(self, u: Tensor, guide: Tensor | None = None) -> Tensor:
         """Derivative of R(u) = sum over pixels of ``energy``, (B,K,H,W); differentiable where gradients are on."""
         keep = torch.is_grad_enabled()
-        with torch.enable_grad():
-            at = u if keep and u.requires_grad else u.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            at = u if keep and u.requires_grad else u.detach().clone().requires_grad_()
             (gradient,) = torch.autograd.grad(self.energy(at, guide).sum(), at, create_graph=keep)
         return gradient
 
