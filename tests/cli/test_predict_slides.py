@@ -237,6 +237,7 @@ class TestBadInput:
         assert [one["slide"]["um_per_px"] for one in found.values()] == pytest.approx([0.5, 0.5, 0.25])
         assert [one["attempts"] for one in found.values()] == [1, 1, 2]
         assert predict(scans, *words, "--mpp", 0.25).out.count("finished before") == 3
+        assert predict(scans, *words).out.count("finished before") == 3
         assert predict(scans, *words, "--mpp", 0.3).out.count("finished before") == 2
 
     def test_a_table_says_it_better(self, predict, scans):

@@ -30,6 +30,12 @@ def write(path, *features):
     path.write_text(json.dumps({"type": "FeatureCollection", "features": list(features)}))
 
 
+def write_slide(path, pixels):
+    """At 0.5 um per px."""
+    per_cm = 1e4 / 0.5
+    tifffile.imwrite(path, pixels, tile=(64, 64), photometric="rgb", resolution=(per_cm, per_cm), resolutionunit=3)
+
+
 @pytest.fixture
 def scans(tmp_path):
     """A slide of 256 x 384 px at 0.5 um: all tissue, left half of colour a, right half of colour b."""
@@ -37,10 +43,7 @@ def scans(tmp_path):
     folder.mkdir()
     pixels = np.zeros((256, 384, 3), np.uint8)
     pixels[:, :192], pixels[:, 192:] = COLOURS["a"], COLOURS["b"]
-    per_cm = 1e4 / 0.5
-    tifffile.imwrite(
-        folder / "one.tif", pixels, tile=(64, 64), photometric="rgb", resolution=(per_cm, per_cm), resolutionunit=3
-    )
+    write_slide(folder / "one.tif", pixels)
     write(folder / "one.geojson", region("a", 0, 0, 192, 256), region("b", 192, 0, 384, 256), points("a", (70.5, 10.2)))
     return folder
 
@@ -52,6 +55,19 @@ def tile(command, scans, tmp_path):
     def call(*words, annotations=True):
         extra = ["--annotations", scans] if annotations else []
         return command("data", "tile", scans / "one.tif", "--out", out, *extra, "--tissue", "threshold=0.05", *words)
+
+    call.out = out
+    return call
+
+
+@pytest.fixture
+def tile_folder(command, scans, tmp_path):
+    """All slides of the folder, patches of 64 px."""
+    out = tmp_path / "cut"
+
+    def call(*extra):
+        words = ["--um-per-px", 0.5, "--side", 64, "--annotations", scans, "--tissue", "threshold=0.05", *extra]
+        return command("data", "tile", scans, "--out", out, *words)
 
     call.out = out
     return call
@@ -130,18 +146,16 @@ def test_annotations_measure_from_the_bounds(command, tmp_path, monkeypatch):
             assert list(rows(out)) == [f"m/{place}.png"]
 
 
-def test_a_bad_slide_is_left_out(command, scans, tmp_path):
+def test_a_bad_slide_is_left_out(tile_folder, scans):
     (scans / "bad.svs").write_text("no slide")
-    out = tmp_path / "cut"
-    words = ["--um-per-px", 0.5, "--side", 64, "--annotations", scans, "--tissue", "threshold=0.05"]
-    outcome = command("data", "tile", scans, "--out", out, *words)
+    outcome = tile_folder()
     assert outcome.code == 2
     assert "bad.svs" in outcome.err
     assert "Traceback" not in outcome.err
-    assert len(rows(out)) == 24
+    assert len(rows(tile_folder.out)) == 24
 
 
-def test_a_slide_that_breaks_in_the_middle_leaves_nothing(command, scans, tmp_path, monkeypatch):
+def test_a_slide_that_breaks_in_the_middle_leaves_nothing(tile_folder, scans, monkeypatch):
     from tissuehint.slides.reader import Slide
 
     (scans / "two.tif").write_bytes((scans / "one.tif").read_bytes())
@@ -154,26 +168,22 @@ def test_a_slide_that_breaks_in_the_middle_leaves_nothing(command, scans, tmp_pa
         return whole(self, box, um_per_px)
 
     monkeypatch.setattr(Slide, "read", read)
-    out = tmp_path / "cut"
-    words = ["--um-per-px", 0.5, "--side", 64, "--annotations", scans, "--tissue", "threshold=0.05", "--masks"]
-    outcome = command("data", "tile", scans, "--out", out, *words)
+    outcome = tile_folder("--masks")
     assert outcome.code == 2
     assert "two.tif: a tile is damaged" in outcome.err
-    assert len(rows(out)) == 24
-    assert not (out / "images" / "two").exists()
-    assert not (out / "masks" / "two").exists()
+    assert len(rows(tile_folder.out)) == 24
+    assert not (tile_folder.out / "images" / "two").exists()
+    assert not (tile_folder.out / "masks" / "two").exists()
 
 
-def test_an_export_that_is_damaged_stops_no_other_slide(command, scans, tmp_path):
+def test_an_export_that_is_damaged_stops_no_other_slide(tile_folder, scans):
     (scans / "two.tif").write_bytes((scans / "one.tif").read_bytes())
     (scans / "two.geojson").write_text("{")
-    out = tmp_path / "cut"
-    words = ["--um-per-px", 0.5, "--side", 64, "--annotations", scans, "--tissue", "threshold=0.05"]
-    outcome = command("data", "tile", scans, "--out", out, *words)
+    outcome = tile_folder()
     assert outcome.code == 2
     assert "1 of 2 slides were left out" in outcome.err
     assert "two.geojson" in outcome.err
-    assert len(rows(out)) == 24
+    assert len(rows(tile_folder.out)) == 24
 
 
 def test_one_drawing_is_for_one_slide(command, scans, tmp_path):
@@ -188,10 +198,7 @@ def test_what_regions_cover_of_the_glass_says_nothing(tile, scans):
     """The slide is white from column 128 on; b is drawn over the glass as well, and over a strip of tissue."""
     pixels = np.full((256, 384, 3), 255, np.uint8)
     pixels[:, :128] = COLOURS["a"]
-    per_cm = 1e4 / 0.5
-    tifffile.imwrite(
-        scans / "one.tif", pixels, tile=(64, 64), photometric="rgb", resolution=(per_cm, per_cm), resolutionunit=3
-    )
+    write_slide(scans / "one.tif", pixels)
     write(scans / "one.geojson", region("b", 64, 0, 384, 256), region("a", 0, 0, 112, 256))
     words = ["--um-per-px", 0.5, "--side", 128, "--stride", 64, "--min-tissue", 0.2]
     exact = [word for key in ("closing_um", "margin_um", "min_area_um2") for word in ("--tissue", f"{key}=0")]

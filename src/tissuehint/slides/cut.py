@@ -278,7 +278,7 @@ class _Cutter:
             found["points"] = Points(rows)
         if mask is None:
             return found
-        # regions are drawn generously; what they cover of the glass says nothing
+        # regions are drawn generously; what they cover of the glass says nothing, unless all of a patch is glass
         tissue = self._on_tissue(box)
         known = mask[tissue] if tissue.any() else mask.reshape(-1)
         counts = np.bincount(known, minlength=256)[: labels.num_tissue]

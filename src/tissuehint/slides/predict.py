@@ -345,8 +345,10 @@ def _settings(job: SlideJob, config: SlideConfig) -> dict[str, Any]:
 
 def _same(earlier: SlideState, job: SlideJob, model: dict[str, Any], settings: dict[str, Any]) -> bool:
     """Whether a finished slide is still what is asked for; a slide that has gone since does not matter."""
-    if earlier.settings.get("default_um_per_px") is None:
-        settings = settings | {"default_um_per_px": None}  # the slide says its own
+    default = earlier.settings.get("default_um_per_px")
+    if default is None or settings["default_um_per_px"] is None:
+        # the slide says its own; or none is given now, which takes nothing away from a slide that is finished
+        settings = settings | {"default_um_per_px": default}
     if earlier.model.get("sha256") != model["sha256"] or earlier.settings != settings:
         return False
     try:

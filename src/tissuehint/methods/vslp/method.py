@@ -17,6 +17,7 @@ from tissuehint.methods.base import MethodConfig, Training, WeakMethod
 from tissuehint.methods.vslp.confidence import Confidence, best_temperature, proportion_losses
 from tissuehint.methods.vslp.config import FusionConfig, VSLPConfig
 from tissuehint.methods.vslp.energy import (
+    LEAST,
     EdgeWeightedTotalVariation,
     FusionEnergy,
     FusionWeights,
@@ -40,9 +41,8 @@ CALIBRATION_IMAGES = 128
 #: The flow keeps the proportions of maps that are sharpened by this temperature, and ends with those of the argmax.
 PROJECTION_TEMPERATURE, FINAL_TEMPERATURE = 0.1, 0.02
 
-#: Equal scores cannot be divided among classes: scores are logarithms of probabilities down to this one, and pixels
-#: that the exact solver decided keep a little of the order of the confidence map.
-LEAST, UNDECIDED = 1e-30, 1e-3
+#: Pixels that the exact solver decided keep so much of the confidence map: equal scores cannot be divided among classes.
+UNDECIDED = 1e-3
 
 #: A step that lowers the energy not even at a 64th of its length is the last: on EBHI-Seg as good as with 20 halvings.
 HALVINGS = 6
