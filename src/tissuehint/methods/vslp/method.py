@@ -41,7 +41,7 @@ CALIBRATION_IMAGES = 128
 #: The flow keeps the proportions of maps that are sharpened by this temperature, and ends with those of the argmax.
 PROJECTION_TEMPERATURE, FINAL_TEMPERATURE = 0.1, 0.02
 
-#: Pixels that the exact solver decided keep so much of the confidence map: equal scores cannot be divided among classes.
+#: Pixels that the exact solver decided keep so much of the confidence map: equal scores cannot be divided.
 UNDECIDED = 1e-3
 
 #: A step that lowers the energy not even at a 64th of its length is the last: on EBHI-Seg as good as with 20 halvings.
