@@ -1,6 +1,7 @@
 """VSLP's fusion against a forward pass of the bare encoder, and transport against POT; on the CPU or the GPU at hand.
 
     OMP_NUM_THREADS=2 uv run python benchmarks/vslp.py
+    uv run python benchmarks/vslp.py --images 16    # as a batch
 
 Prints Markdown. Times are the least of some repetitions; ratios are within this run.
 """
@@ -34,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--part", choices=("all", "fusion", "transport", "memory"), default="all")
+    parser.add_argument("--images", type=int, default=1, help="fused at once; seconds are of all of them")
     parser.add_argument("--side", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side is not None:
@@ -42,18 +44,19 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}\n")
     if options.part in ("all", "fusion"):
-        fusion(device, options.repeat)
+        fusion(device, options.repeat, options.images)
     if options.part in ("all", "transport"):
         transports(device, options.repeat)
     if options.part in ("all", "memory"):
         memory()
 
 
-def fusion(device: torch.device, repeat: int) -> None:
-    """Minimising the energy of one image of 224 px with 12 views, by the time of one view's forward pass."""
+def fusion(device: torch.device, repeat: int, count: int) -> None:
+    """Minimising the energy of images of 224 px with 12 views, by the time of one view's forward pass."""
     encoder = {"name": "swin_tiny_patch4_window7_224"}
     name = encoder["name"]
-    print(f"Fusing {VIEWS} views of a {SIDE}-px image, {CLASSES} classes, 10 steps; a forward pass of {name}:\n")
+    what = f"{VIEWS} views of each of {count} images of {SIDE} px"
+    print(f"Fusing {what}, {CLASSES} classes, 10 steps; a forward pass of {name}:\n")
     print("| energy | working grid | s | by one forward pass | by the forward passes of all views |")
     print("|---|---|---|---|---|")
     wide = {"features": 32, "macro_blocks": 3}
@@ -74,7 +77,7 @@ def fusion(device: torch.device, repeat: int) -> None:
     forward = None
     for name, (settings, resolution) in rows.items():
         method = build(encoder, settings, resolution).to(device)
-        images, seen = problem(device, method.grid(torch.zeros(1, 3, SIDE, SIDE)))
+        images, seen = problem(device, method.grid(torch.zeros(1, 3, SIDE, SIDE)), count=count)
         if forward is None:
             forward = least(partial(method.network, images), repeat, device)
         energy, start = method.energy(images, seen), average(seen, "log")
@@ -85,7 +88,7 @@ def fusion(device: torch.device, repeat: int) -> None:
         else:
             seconds = least(partial(method._exact, energy, None), repeat, device)
         grid = f"{start.shape[-2]} x {start.shape[-1]}"
-        print(f"| {name} | {grid} | {seconds:.2f} | {seconds / forward:.1f} | {seconds / forward / VIEWS:.2f} |")
+        print(f"| {name} | {grid} | {seconds:.3f} | {seconds / forward:.1f} | {seconds / forward / VIEWS:.2f} |")
     print()
 
 
@@ -159,13 +162,14 @@ def build(encoder: dict[str, Any], fusion_settings: dict[str, Any], resolution: 
     return VSLP(config, LabelSpace(("tumour", "stroma", "normal"))).eval()
 
 
-def problem(device: torch.device, grid: tuple[int, int], side: int = SIDE) -> tuple[Tensor, Seen]:
-    """An image and what 12 views say of it: smooth maps and noise."""
+def problem(device: torch.device, grid: tuple[int, int], side: int = SIDE, count: int = 1) -> tuple[Tensor, Seen]:
+    """Images and what 12 views say of them: smooth maps and noise."""
     torch.manual_seed(0)
-    images = torch.rand(1, 3, side, side, device=device)
-    smooth = F.interpolate(torch.randn(1, CLASSES, 7, 7), grid, mode="bicubic")
-    noise = F.interpolate(torch.randn(VIEWS, CLASSES, 14, 14), grid, mode="bilinear")
-    return images, Seen((smooth + noise).softmax(1)[None].to(device), torch.ones(1, VIEWS, *grid, device=device))
+    images = torch.rand(count, 3, side, side, device=device)
+    smooth = F.interpolate(torch.randn(count, CLASSES, 7, 7), grid, mode="bicubic")
+    noise = F.interpolate(torch.randn(count * VIEWS, CLASSES, 14, 14), grid, mode="bilinear")
+    views = (smooth[:, None] + noise.view(count, VIEWS, CLASSES, *grid)).softmax(2)
+    return images, Seen(views.to(device), torch.ones(count, VIEWS, *grid, device=device))
 
 
 def marginal_error(plan: Tensor, a: Tensor, b: Tensor) -> float:

@@ -26,6 +26,9 @@ STEPS, LAST_STEPS = 4, 30
 #: Shares count as reached when none is off by more than this.
 TOLERANCE = 1e-7
 
+#: Where the argmax must have the shares, a temperature that does not do it shrinks by this factor, so often at most.
+FREEZING, FREEZINGS = 0.25, 12
+
 #: A class that must not occur is held this far below all others, in units of the score's spread.
 EXCLUDED = 1e4
 
@@ -37,6 +40,7 @@ def capacity_bias(
     *,
     temperature: float = 0.02,
     annealing: bool = True,
+    tolerance: float | None = None,
 ) -> Tensor:
     r"""Biases q with mean over pixels of softmax((scores + q) / temperature) = proportions.
 
@@ -51,13 +55,16 @@ def capacity_bias(
         temperature: above 0, in units of the scores.
         annealing: come down from a high temperature. Without it fewer steps are needed where the scores have nearly
             these shares already.
+        tolerance: at least 0; an image whose argmax is off by more is solved at ever smaller temperatures until it is
+            not, such as one whose scores differ by less than ``temperature`` everywhere; no less than the share of its
+            heaviest pixel counts. None leaves it at that.
 
     Returns:
         q (B,K), mean 0 over the classes with a share above 0; no gradient.
 
     Raises:
         InputError: shapes that do not agree, NaN or infinity, proportions that are no shares, negative weights, a
-            temperature that is not above 0.
+            temperature that is not above 0, a negative tolerance.
 
     Example:
         >>> scores = torch.linspace(0, 1, 100).view(1, 1, 10, 10)
@@ -66,7 +73,7 @@ def capacity_bias(
         >>> round(float(((scores + q[:, :, None, None]).argmax(1) == 0).float().mean()), 2)
         0.3
     """
-    _check(scores, proportions, weights, temperature)
+    _check(scores, proportions, weights, temperature, tolerance)
     with torch.no_grad():
         exact = scores.detach().cpu() if scores.device.type == "mps" else scores.detach()  # which has no float64
         flat = exact.flatten(2).double()
@@ -80,30 +87,60 @@ def capacity_bias(
         spread = (flat.amax((1, 2)) - flat.amin((1, 2)))[:, None] + temperature
         flat = flat - (EXCLUDED * spread * absent)[:, :, None]
         warmest = spread if annealing else torch.zeros_like(spread)
-        q = _solve(flat, shares, mass, absent, temperature, warmest)
+        q = _solve(flat, shares, mass, absent, temperature, warmest, tolerance)
         present = (~absent).to(q)
         q = q - (q * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)
         q = torch.where(absent, -EXCLUDED * spread, q)
         return (q * heavy).to(scores)
 
 
-def _solve(scores: Tensor, shares: Tensor, mass: Tensor, absent: Tensor, temperature: float, warmest: Tensor) -> Tensor:
+def _solve(
+    scores: Tensor,
+    shares: Tensor,
+    mass: Tensor,
+    absent: Tensor,
+    temperature: float,
+    warmest: Tensor,
+    tolerance: float | None,
+) -> Tensor:
     """(B,K) biases, by Newton's method with halved steps along falling temperatures, each image by itself."""
-    q = torch.zeros_like(shares)
     current = warmest.clamp_min(temperature)  # (B,1)
-    while True:
-        last = bool((current <= temperature).all())
-        for _ in range(LAST_STEPS if last else STEPS):
-            soft = ((scores + q[:, :, None]) / current[:, :, None]).softmax(1)
-            lacking = shares - (soft * mass[:, None]).sum(2)
-            reached = lacking.abs().amax(1, keepdim=True) < TOLERANCE
-            if bool(reached.all()):
-                break
-            step = _newton(soft, mass, lacking, absent, current) * ~reached
-            q = _descend(scores, shares, mass, q, step, lacking, current)
-        if last:
-            return q
+    q = torch.zeros_like(shares)
+    while bool((current > temperature).any()):
+        q = _balance(scores, shares, mass, absent, q, current, STEPS)
         current = (current * COOLING).clamp_min(temperature)
+    q = _balance(scores, shares, mass, absent, q, current, LAST_STEPS)
+    if tolerance is None:
+        return q
+    enough = mass.amax(1).clamp_min(tolerance)  # no pixel is divided
+    for _ in range(FREEZINGS):
+        off = (shares - _hard_shares(scores + q[:, :, None], mass)).abs().amax(1)
+        rest = (off > enough).nonzero()[:, 0]
+        if not len(rest):
+            break
+        current[rest] *= FREEZING
+        q[rest] = _balance(scores[rest], shares[rest], mass[rest], absent[rest], q[rest], current[rest], LAST_STEPS)
+    return q
+
+
+def _balance(
+    scores: Tensor, shares: Tensor, mass: Tensor, absent: Tensor, q: Tensor, temperature: Tensor, steps: int
+) -> Tensor:
+    """Biases (B,K) after Newton's steps at temperatures (B,1)."""
+    for _ in range(steps):
+        soft = ((scores + q[:, :, None]) / temperature[:, :, None]).softmax(1)
+        lacking = shares - (soft * mass[:, None]).sum(2)
+        reached = lacking.abs().amax(1, keepdim=True) < TOLERANCE
+        if bool(reached.all()):
+            break
+        step = _newton(soft, mass, lacking, absent, temperature) * ~reached
+        q = _descend(scores, shares, mass, q, step, lacking, temperature)
+    return q
+
+
+def _hard_shares(scores: Tensor, mass: Tensor) -> Tensor:
+    """Mass of the pixels whose highest score each class has, (B,K)."""
+    return torch.zeros_like(scores[:, :, 0]).scatter_add_(1, scores.argmax(1), mass)
 
 
 def _newton(soft: Tensor, mass: Tensor, lacking: Tensor, absent: Tensor, temperature: Tensor) -> Tensor:
@@ -138,7 +175,9 @@ def _descend(
     return q + factor[:, None] * step
 
 
-def _check(scores: Tensor, proportions: Tensor, weights: Tensor | None, temperature: float) -> None:
+def _check(
+    scores: Tensor, proportions: Tensor, weights: Tensor | None, temperature: float, tolerance: float | None
+) -> None:
     if scores.ndim != 4 or 0 in scores.shape[1:]:
         raise InputError(f"scores of shape {tuple(scores.shape)}", "are (B,K,H,W), not empty", "add or drop an axis")
     if not bool(scores.isfinite().all()):
@@ -156,3 +195,5 @@ def _check(scores: Tensor, proportions: Tensor, weights: Tensor | None, temperat
             raise InputError(f"weights of shape {tuple(weights.shape)}", rule, "give one weight a pixel")
     if not 0 < temperature < float("inf"):
         raise InputError(f"temperature {temperature}", "is not above 0 and finite", "use a small one, such as .02")
+    if tolerance is not None and not tolerance >= 0:
+        raise InputError(f"tolerance {tolerance}", "is not at least 0", "use a small one, such as .001")

@@ -41,6 +41,9 @@ CALIBRATION_IMAGES = 128
 #: The flow keeps the proportions of maps that are sharpened by this temperature, and ends with those of the argmax.
 PROJECTION_TEMPERATURE, FINAL_TEMPERATURE = 0.1, 0.02
 
+#: Areas that are held may be off by this, but for pixels that cannot be told apart.
+AREA_TOLERANCE = 1e-3
+
 #: Pixels that the exact solver decided keep so much of the confidence map: equal scores cannot be divided.
 UNDECIDED = 1e-3
 
@@ -262,7 +265,9 @@ class VSLP(WeakMethod):
         if proportions is not None and fusion.proportions == "near_hard":
             wanted = proportions
             # the start has the areas already, and a step moves them by little
-            start = self._with_bias(start, wanted, energy.tissue, PROJECTION_TEMPERATURE)
+            logarithms = start.clamp_min(LEAST).log()
+            bias = capacity_bias(logarithms, wanted, energy.tissue, temperature=PROJECTION_TEMPERATURE)
+            start = (logarithms + bias[:, :, None, None]).softmax(1)
 
             def project(logarithms: Tensor) -> Tensor:
                 bias = capacity_bias(
@@ -291,13 +296,18 @@ class VSLP(WeakMethod):
 
     def _with_areas(self, found: Flow, proportions: Tensor, tissue: Tensor) -> Flow:
         """Move the classes of a map by biases, so that the likeliest ones have these areas."""
-        return found._replace(u=self._with_bias(found.u, proportions, tissue, FINAL_TEMPERATURE))
+        return found._replace(u=self._with_bias(found.u, proportions, tissue))
 
-    def _with_bias(
-        self, u: Tensor, proportions: Tensor, tissue: Tensor, temperature: float, *, annealing: bool = True
-    ) -> Tensor:
+    def _with_bias(self, u: Tensor, proportions: Tensor, tissue: Tensor, *, annealing: bool = True) -> Tensor:
         logarithms = u.clamp_min(LEAST).log()
-        bias = capacity_bias(logarithms, proportions, tissue, temperature=temperature, annealing=annealing)
+        bias = capacity_bias(
+            logarithms,
+            proportions,
+            tissue,
+            temperature=FINAL_TEMPERATURE,
+            annealing=annealing,
+            tolerance=AREA_TOLERANCE,
+        )
         return (logarithms + bias[:, :, None, None]).softmax(1)
 
     def _tissue_map(self, u: Tensor, images: Tensor, proportions: Tensor | None = None) -> Tensor:
@@ -306,5 +316,5 @@ class VSLP(WeakMethod):
         shares = shares / shares.sum(1, keepdim=True).clamp_min(1e-8)
         if proportions is not None:
             tissue = self.tissue(images)
-            shares = self._with_bias(shares, proportions, tissue, FINAL_TEMPERATURE, annealing=False)
+            shares = self._with_bias(shares, proportions, tissue, annealing=False)
         return self.config.split_white(self.config.refine(shares, images), images, self.labels)
