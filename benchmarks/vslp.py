@@ -1,4 +1,4 @@
-"""VSLP's fusion against a forward pass of the bare encoder, and transport against POT; on the CPU or the GPU at hand.
+"""VSLP's fusion, exact solver and transport, each against a reference; on the CPU or the GPU at hand.
 
     OMP_NUM_THREADS=2 uv run python benchmarks/vslp.py
     uv run python benchmarks/vslp.py --images 16    # as a batch
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,9 @@ from tissuehint.labels import LabelSpace
 from tissuehint.methods.vslp import VSLP, VSLPConfig
 from tissuehint.methods.vslp.energy import average
 from tissuehint.methods.vslp.views import Seen
+from tissuehint.ops import variational_multiclass
 from tissuehint.ops.sinkhorn import transport
+from tissuehint.ops.variational_multiclass import segment_multiclass
 
 VIEWS, CLASSES, SIDE = 12, 3, 224
 
@@ -34,7 +37,7 @@ VIEWS, CLASSES, SIDE = 12, 3, 224
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--part", choices=("all", "fusion", "transport", "memory"), default="all")
+    parser.add_argument("--part", choices=("all", "fusion", "exact", "transport", "memory"), default="all")
     parser.add_argument("--images", type=int, default=1, help="fused at once; seconds are of all of them")
     parser.add_argument("--side", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -45,6 +48,8 @@ def main() -> None:
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}\n")
     if options.part in ("all", "fusion"):
         fusion(device, options.repeat, options.images)
+    if options.part in ("all", "exact"):
+        exact(device, options.repeat)
     if options.part in ("all", "transport"):
         transports(device, options.repeat)
     if options.part in ("all", "memory"):
@@ -86,10 +91,36 @@ def fusion(device: torch.device, repeat: int, count: int) -> None:
         if fusion_config.solver == "flow":
             seconds = least(partial(method._flow, energy, start, None), repeat, device)
         else:
-            seconds = least(partial(method._exact, energy, None), repeat, device)
+            seconds = least(partial(method._exact, energy, None, near_hard=False), repeat, device)
         grid = f"{start.shape[-2]} x {start.shape[-1]}"
         print(f"| {name} | {grid} | {seconds:.3f} | {seconds / forward:.1f} | {seconds / forward / VIEWS:.2f} |")
     print()
+
+
+def exact(device: torch.device, repeat: int) -> None:
+    """The exact solver: its kernel on the CPU, or its graph on the GPU, against the same steps called one by one."""
+    print("Exact segmentation with given areas, by the same steps with torch's operators called one by one:\n")
+    print("| maps | s | iterations | operators, s | ratio |")
+    print("|---|---|---|---|---|")
+    for shape in ((4, 3, 56, 56), (32, 2, 14, 14), (1, 3, 224, 224)):
+        torch.manual_seed(0)
+        smooth = F.interpolate(torch.rand(*shape[:2], 5, 5), shape[2:], mode="bicubic")
+        cost = (torch.rand(shape) + smooth).to(device)
+        wanted = torch.randn(shape[:2]).softmax(1).to(device)
+        solve = partial(segment_multiclass, cost, smoothness=0.5, proportions=wanted, strength=100.0)
+        ours = least(solve, repeat, device)
+        with patch.object(variational_multiclass._Problem, "_solver", one_by_one):
+            operators = least(solve, repeat, device)
+        print(f"| {shape} | {ours:.3f} | {solve().iterations} | {operators:.3f} | {ours / operators:.2f} |")
+    print()
+
+
+def one_by_one(problem: Any, state: Any) -> Callable[[int, Tensor], None]:
+    def advance(steps: int, going_on: Tensor) -> None:
+        for _ in range(steps):
+            problem._step(state)
+
+    return advance
 
 
 def transports(device: torch.device, repeat: int) -> None:

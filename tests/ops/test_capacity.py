@@ -116,6 +116,36 @@ def test_winners_have_the_areas(temperature: float, weighted: bool, dtype: torch
             torch.testing.assert_close(areas(scores, q, weights), wanted.double(), rtol=0, atol=0.01)
 
 
+@precisions
+@pytest.mark.parametrize("spread", [1e-5, 1e-3, 0.1, 10.0])
+def test_winners_of_any_contrast_have_the_areas_within_the_tolerance(spread: float, dtype: torch.dtype) -> None:
+    for classes in (2, 5):
+        scores, wanted = (
+            spread * smooth_maps(classes, 6, classes, 64, 48).to(dtype),
+            shares(classes, 6, classes).to(dtype),
+        )
+        weights = noise(2, 6, 64, 48).to(dtype)
+        q = capacity_bias(scores, wanted, weights, tolerance=1e-3)
+        torch.testing.assert_close(areas(scores, q, weights), wanted.double(), rtol=0, atol=1.1e-3)
+        if spread <= 1e-3:  # which a temperature of .02 alone does not see
+            assert (areas(scores, capacity_bias(scores, wanted, weights), weights) - wanted).abs().max() > 0.1
+
+
+def test_an_image_within_the_tolerance_is_left_as_it_is() -> None:
+    scores, wanted = smooth_maps(0, 3, 3, 64, 48), shares(1, 3, 3)
+    scores[1] *= 1e-4
+    plain, held = capacity_bias(scores, wanted), capacity_bias(scores, wanted, tolerance=0.02)
+    assert torch.equal(held[::2], plain[::2])
+    assert not torch.equal(held[1], plain[1])
+    torch.testing.assert_close(areas(scores, held), wanted, rtol=0, atol=0.02)
+
+
+def test_equal_scores_end_with_a_tolerance_too() -> None:
+    wanted = shares(1, 2, 3)
+    q = capacity_bias(torch.zeros(2, 3, 5, 6, dtype=torch.float64), wanted, tolerance=1e-3)
+    assert q.isfinite().all()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_winners_are_the_best_assignment(seed: int) -> None:
     """24 pixels, each class a fixed number of places: scipy's assignment has the same winners."""
@@ -294,6 +324,8 @@ BAD = {
     "temperature 0": (lambda: capacity_bias(SCORES, HALVES, temperature=0.0), "temperature 0"),
     "negative temperature": (lambda: capacity_bias(SCORES, HALVES, temperature=-1.0), "temperature -1"),
     "temperature nan": (lambda: capacity_bias(SCORES, HALVES, temperature=NAN), "temperature nan"),
+    "negative tolerance": (lambda: capacity_bias(SCORES, HALVES, tolerance=-0.1), "tolerance -0.1"),
+    "tolerance nan": (lambda: capacity_bias(SCORES, HALVES, tolerance=NAN), "tolerance nan"),
 }
 
 

@@ -15,6 +15,7 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from tissuehint.errors import InputError
+from tissuehint.ops import variational_multiclass
 from tissuehint.ops.variational_multiclass import MultiClass, project_simplex, segment_multiclass
 
 precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -452,6 +453,68 @@ def test_two_dimensions_are_shorter_than_the_sum_of_their_lines() -> None:
     cost[:, :, 1, 1] = torch.tensor([100.0, 0.0])
     found = segment_multiclass(cost, smoothness=1.0, **FINE)
     assert float(found.energy) == pytest.approx(2 * (2 + np.sqrt(2)), abs=1e-4)
+
+
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the steps be taken by torch, as on other devices than the CPU."""
+
+    def solver(self: variational_multiclass._Problem, state: variational_multiclass._State) -> Any:
+        return lambda steps, going_on: [self._step(state) for _ in range(steps)]
+
+    monkeypatch.setattr(variational_multiclass._Problem, "_solver", solver)
+
+
+@precisions
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 4, 5), (3, 2, 1, 9), (3, 3, 9, 1), (2, 4, 17, 13), (1, 9, 6, 7), (2, 2, 1, 1)]
+)
+@pytest.mark.parametrize("limited", [False, True])
+def test_the_kernel_takes_the_steps_that_torch_takes(
+    shape: tuple[int, ...], limited: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, classes, *size = shape
+    cost = 3 * noise(0, *shape).to(dtype)
+    options = {
+        "smoothness": 0.3,
+        "edge_weight": noise(1, batch, *size),
+        "weights": noise(2, batch, *size),
+        "proportions": optional(limited, shares(3, batch, classes)),
+        "strength": 5.0,
+        "max_iterations": 60,
+        "tolerance": 0.0,
+    }
+    found = segment_multiclass(cost, **options)
+    by_torch(monkeypatch)
+    expected = segment_multiclass(cost, **options)
+    within = 1e-4 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(found.u, expected.u, rtol=0, atol=within)
+    torch.testing.assert_close(found.energy, expected.energy, rtol=within, atol=within)
+    torch.testing.assert_close(found.gap, expected.gap, rtol=0, atol=30 * within)
+
+
+def test_threads_change_nothing() -> None:
+    cost, before = blobs(0, 5, 3, 20, 24), torch.get_num_threads()
+    options = {"smoothness": 0.2, "proportions": shares(1, 5, 3), "strength": 3.0}
+    alone = segment_multiclass(cost, **options)
+    try:
+        torch.set_num_threads(3)
+        threaded = segment_multiclass(cost, **options)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(alone.u, threaded.u)
+    assert torch.equal(alone.gap, threaded.gap)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("limited", [False, True])
+def test_the_graph_on_the_gpu_finds_what_the_cpu_finds(limited: bool) -> None:
+    cost, wanted = blobs(0, 3, 3, 30, 36), optional(limited, shares(1, 3, 3))
+    options = {"smoothness": 0.2, "strength": 5.0, "max_iterations": 110, "tolerance": 0.0}
+    one = segment_multiclass(cost, proportions=wanted, **options)
+    other = segment_multiclass(cost.cuda(), proportions=None if wanted is None else wanted.cuda(), **options)
+    torch.testing.assert_close(other.u.cpu(), one.u, rtol=0, atol=1e-9)
+    torch.testing.assert_close(other.energy.cpu(), one.energy)
+    assert other.iterations == one.iterations == 110
 
 
 @pytest.mark.parametrize("iterations", [1, 7, 25, 30])

@@ -34,7 +34,7 @@ Array = NDArray[Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _compiled(function: Function) -> Function:
+def compiled(function: Function) -> Function:
     """Compile on first use and keep the result on disk, where a place for it can be written."""
     try:
         kernel: Any = njit(nogil=True, fastmath=True, error_model="numpy", cache=True)(function)
@@ -43,7 +43,7 @@ def _compiled(function: Function) -> Function:
     return cast(Function, kernel)
 
 
-@_compiled
+@compiled
 def _row(
     i: int, u: Array, p: Array, g: Array, z: Array, number: Array, relax: float, above: Array, here: Array, flow: Array
 ) -> None:
@@ -81,7 +81,7 @@ def _row(
         now[j] += relax * (v - now[j])
 
 
-@_compiled
+@compiled
 def _iterate(
     u: Array, p: Array, g: Array, z: Array, number: Array, relax: Array, dual_rows: Array, flow: Array
 ) -> None:
@@ -96,7 +96,7 @@ def _iterate(
             _row(i, u, p, g, z, number, relax[level], rows[(i + 1) % 2], rows[i % 2], flow)
 
 
-@_compiled
+@compiled
 def _measure(u: Array, p: Array, g: Array, z: Array, number: Array) -> tuple[float, float, float, float]:
     """Primal energy, dual energy, sum of u and sum of z u; rows in the type of the map, their sums in float64."""
     gain, offset, zero = number[0], number[1], number[4]
@@ -122,7 +122,7 @@ def _measure(u: Array, p: Array, g: Array, z: Array, number: Array) -> tuple[flo
     return primal, dual, area, product
 
 
-@_compiled
+@compiled
 def _force(means: Array, low: float, high: float, data_weight: float, number: Array) -> None:
     """Write gain and offset of ``lambda r = gain z + offset`` into ``number`` (see ``force_coefficients``)."""
     total, difference = means[0] + means[1], means[1] - means[0]
@@ -134,7 +134,7 @@ def _force(means: Array, low: float, high: float, data_weight: float, number: Ar
         number[1] = -total * scale
 
 
-@_compiled
+@compiled
 def _fresh_means(means: Array, area: float, product: float, mass: float, pixels: int) -> tuple[float, float]:
     """Closed-form means from the sums of u, z u and z; a phase that is almost empty keeps its mean."""
     inside, outside = means[0], means[1]
@@ -145,7 +145,7 @@ def _fresh_means(means: Array, area: float, product: float, mass: float, pixels:
     return inside, outside
 
 
-@_compiled
+@compiled
 def _solve(
     z: Array,
     g: Array,

@@ -13,6 +13,7 @@ Solved by the primal-dual method of Chambolle and Pock (2011, Algorithm 1) with 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,9 @@ from tissuehint.ops.variational_model import forward_difference
 
 #: The gap is looked at every so many iterations.
 CHECK_EVERY = 25
+
+
+Steps = Callable[[int, Tensor], None]
 
 
 class MultiClass(NamedTuple):
@@ -107,6 +111,50 @@ def segment_multiclass(
         return problem.solve(max_iterations, tolerance)
 
 
+class _State(NamedTuple):
+    """What the iteration carries on, changed in place.
+
+    Args:
+        u: (B,K,H,W).
+        ahead: its extrapolation, 2 u - u_before.
+        field: dual of the total variation (2,B,K,H,W).
+        bias: dual of the areas (B,K).
+    """
+
+    u: Tensor
+    ahead: Tensor
+    field: Tensor
+    bias: Tensor
+
+
+class _Replayed:
+    """Steps on the GPU as a CUDA graph; called one by one, the fifty small kernels of a step take 8 times as long.
+
+    The first steps are called as they are, which loads the kernels; what follows is a graph of as many steps.
+    """
+
+    def __init__(self, advance: Steps) -> None:
+        self.advance = advance
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.steps = 0
+
+    def __call__(self, steps: int, going_on: Tensor) -> None:
+        if self.steps != steps:
+            self.graph, self.steps = None, steps
+            self.advance(steps, going_on)
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize(going_on.device)
+            with torch.cuda.device(going_on.device), torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+                self.graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self.advance(steps, going_on)
+                finally:
+                    self.graph.capture_end()
+        self.graph.replay()
+
+
 class _Problem:
     """Energy, dual and iteration of a batch."""
 
@@ -131,6 +179,9 @@ class _Problem:
         self.edge = _field("edge_weight", edge_weight, cost)[:, None] * smoothness
         self.cost = cost * self.weights
         self.total = self.weights.sum((1, 2, 3)).clamp_min(1e-12)[:, None]
+        # diagonal steps: tau is one over the column sums of the operator (4 differences, one area), sigma over the rows
+        self.scale = self.weights.amax((1, 2, 3))[:, None].clamp_min(1e-12)
+        self.tau = 1 / (4 + self.weights / self.scale[:, :, None, None])
         self.strength = 0.0 if proportions is None else strength
         self.proportions = cost.new_zeros(cost.shape[:2])
         if proportions is not None:
@@ -143,30 +194,42 @@ class _Problem:
 
     def solve(self, max_iterations: int, tolerance: float) -> MultiClass:
         u = torch.zeros_like(self.cost).scatter_(1, self.cost.argmin(1, keepdim=True), 1.0)
-        old = u.clone()
-        field = self.cost.new_zeros(2, *self.cost.shape)
-        bias = torch.zeros_like(self.proportions)
-        # diagonal steps: tau is one over the column sums of the operator (4 differences, one area), sigma over the rows
-        tau = 1 / (4 + self.weights / self.weights.amax((1, 2, 3), keepdim=True).clamp_min(1e-12))
-        scale = self.weights.amax((1, 2, 3))[:, None].clamp_min(1e-12)
-        found = MultiClass(u, self.energy(u), torch.full_like(self.total[:, 0], float("inf")), 0)
+        found = MultiClass(u.clone(), self.energy(u), torch.full_like(self.total[:, 0], float("inf")), 0)
+        state = _State(u, u.clone(), self.cost.new_zeros(2, *self.cost.shape), torch.zeros_like(self.proportions))
+        advance = self._solver(state)  # by which the state is changed in place
         done = 0
         while True:
-            for _ in range(CHECK_EVERY):
-                ahead = 2 * u - old
-                field = self._within(field + 0.5 * _gradient(ahead))
-                if self.strength:
-                    # the row of the area term sums to total, and its dual counts in units of the weights
-                    step = (self._mean(ahead) - self.proportions) / scale
-                    bias = (bias + step).clamp(-self.strength / 2, self.strength / 2)
-                old = u
-                u = project_simplex(u - tau * self._slope(field, bias))
-                done += 1
-                if done >= max_iterations:
-                    break
-            found = self._better(found, u, self._dual(field, bias), tolerance, done)
+            steps = min(CHECK_EVERY, max_iterations - done)
+            advance(steps, ~_reached(found, tolerance))
+            done += steps
+            found = self._better(found, state.u, self._dual(state.field, state.bias), tolerance, done)
             if done >= max_iterations or bool(_reached(found, tolerance).all()):
                 return found
+
+    def _solver(self, state: _State) -> Steps:
+        """What carries the state so many steps on, in place, at least for the images that go on."""
+        if self.cost.device.type == "cpu":
+            from tissuehint.ops.variational_multiclass_fused import FusedSteps  # numba loads only when it is needed
+
+            given = [self.cost, self.edge[:, 0], self.weights[:, 0], self.tau[:, 0], self.proportions]
+            return FusedSteps(*state, given, self.total[:, 0], self.scale[:, 0], limit=self.strength / 2)
+
+        def advance(steps: int, going_on: Tensor) -> None:
+            for _ in range(steps):
+                self._step(state)
+
+        return _Replayed(advance) if self.cost.device.type == "cuda" else advance
+
+    def _step(self, state: _State) -> None:
+        """One iteration with torch, in place."""
+        state.field.copy_(self._within(state.field + 0.5 * _gradient(state.ahead)))
+        if self.strength:
+            # the row of the area term sums to total, and its dual counts in units of the weights
+            moved = state.bias + (self._mean(state.ahead) - self.proportions) / self.scale
+            state.bias.copy_(moved.clamp(-self.strength / 2, self.strength / 2))
+        u = project_simplex(state.u - self.tau * self._slope(state.field, state.bias))
+        state.ahead.copy_(2 * u - state.u)
+        state.u.copy_(u)
 
     def _better(self, found: MultiClass, u: Tensor, bound: Tensor, tolerance: float, done: int) -> MultiClass:
         """The better of two maps for each image, and of two bounds; images that are done stay as they are."""
