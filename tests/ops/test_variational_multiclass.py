@@ -492,6 +492,13 @@ def test_the_kernel_takes_the_steps_that_torch_takes(
     torch.testing.assert_close(found.gap, expected.gap, rtol=0, atol=30 * within)
 
 
+def test_the_order_of_the_memory_changes_nothing() -> None:
+    cost = blobs(0, 2, 3, 10, 12).float()
+    plain = segment_multiclass(cost, smoothness=0.2)
+    other = segment_multiclass(cost.to(memory_format=torch.channels_last), smoothness=0.2)
+    assert torch.equal(plain.u, other.u)
+
+
 def test_threads_change_nothing() -> None:
     cost, before = blobs(0, 5, 3, 20, 24), torch.get_num_threads()
     options = {"smoothness": 0.2, "proportions": shares(1, 5, 3), "strength": 3.0}

@@ -177,7 +177,7 @@ class _Problem:
         cost = cost.detach().to(torch.float64 if cost.dtype == torch.float64 else torch.float32)
         self.weights = _field("weights", weights, cost)[:, None]
         self.edge = _field("edge_weight", edge_weight, cost)[:, None] * smoothness
-        self.cost = cost * self.weights
+        self.cost = (cost * self.weights).contiguous()
         self.total = self.weights.sum((1, 2, 3)).clamp_min(1e-12)[:, None]
         # diagonal steps: tau is one over the column sums of the operator (4 differences, one area), sigma over the rows
         self.scale = self.weights.amax((1, 2, 3))[:, None].clamp_min(1e-12)
