@@ -173,6 +173,18 @@ class TestFlow:
         # the smoothed total variation of the flow differs from the exact one by at most the smoothing
         assert bool((exactly < by_flow + 0.05 * by_flow.abs()).all())
 
+    def test_a_map_of_the_exact_solver_says_how_sure_it_is(self, monkeypatch):
+        fusion = {"fidelity": "linear", "solver": "primal_dual"}
+        fusion["regulariser"] = {"name": "total_variation", "smoothness": 0.3}
+        views, images = smooth_views(), torch.rand(3, 3, 56, 56)
+        method = with_views(vslp(fusion=fusion, resolution=1), views, monkeypatch)
+        u, maps = method.fuse(images).u, method.predict(images)
+        assert float((u.amax(1) > 0.99).float().mean()) > 0.9
+        assert float((maps.argmax(1) == u.argmax(1)).float().mean()) > 0.99
+        sure, confidence = (each.amax(1).flatten().numpy() for each in (maps, views.mean(1)))
+        assert np.corrcoef(sure, confidence)[0, 1] > 0.8
+        assert float(sure.min()) < 0.75
+
 
 class TestExplain:
     def test_names_and_energies(self):
