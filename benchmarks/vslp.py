@@ -27,9 +27,8 @@ from tissuehint.labels import LabelSpace
 from tissuehint.methods.vslp import VSLP, VSLPConfig
 from tissuehint.methods.vslp.energy import average
 from tissuehint.methods.vslp.views import Seen
-from tissuehint.ops import variational_multiclass
 from tissuehint.ops.sinkhorn import transport
-from tissuehint.ops.variational_multiclass import segment_multiclass
+from tissuehint.ops.variational_multiclass import _Problem, segment_multiclass
 
 VIEWS, CLASSES, SIDE = 12, 3, 224
 
@@ -109,18 +108,10 @@ def exact(device: torch.device, repeat: int) -> None:
         wanted = torch.randn(shape[:2]).softmax(1).to(device)
         solve = partial(segment_multiclass, cost, smoothness=0.5, proportions=wanted, strength=100.0)
         ours = least(solve, repeat, device)
-        with patch.object(variational_multiclass._Problem, "_solver", one_by_one):
+        with patch.object(_Problem, "_solver", _Problem._one_by_one):
             operators = least(solve, repeat, device)
         print(f"| {shape} | {ours:.3f} | {solve().iterations} | {operators:.3f} | {ours / operators:.2f} |")
     print()
-
-
-def one_by_one(problem: Any, state: Any) -> Callable[[int, Tensor], None]:
-    def advance(steps: int, going_on: Tensor) -> None:
-        for _ in range(steps):
-            problem._step(state)
-
-    return advance
 
 
 def transports(device: torch.device, repeat: int) -> None:

@@ -15,8 +15,7 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from tissuehint.errors import InputError
-from tissuehint.ops import variational_multiclass
-from tissuehint.ops.variational_multiclass import MultiClass, project_simplex, segment_multiclass
+from tissuehint.ops.variational_multiclass import MultiClass, _Problem, project_simplex, segment_multiclass
 
 precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
@@ -455,15 +454,6 @@ def test_two_dimensions_are_shorter_than_the_sum_of_their_lines() -> None:
     assert float(found.energy) == pytest.approx(2 * (2 + np.sqrt(2)), abs=1e-4)
 
 
-def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the steps be taken by torch, as on other devices than the CPU."""
-
-    def solver(self: variational_multiclass._Problem, state: variational_multiclass._State) -> Any:
-        return lambda steps, going_on: [self._step(state) for _ in range(steps)]
-
-    monkeypatch.setattr(variational_multiclass._Problem, "_solver", solver)
-
-
 @precisions
 @pytest.mark.parametrize(
     "shape", [(1, 1, 4, 5), (3, 2, 1, 9), (3, 3, 9, 1), (2, 4, 17, 13), (1, 9, 6, 7), (2, 2, 1, 1)]
@@ -484,7 +474,7 @@ def test_the_kernel_takes_the_steps_that_torch_takes(
         "tolerance": 0.0,
     }
     found = segment_multiclass(cost, **options)
-    by_torch(monkeypatch)
+    monkeypatch.setattr(_Problem, "_solver", _Problem._one_by_one)  # by torch, as on other devices than the CPU
     expected = segment_multiclass(cost, **options)
     within = 1e-4 if dtype == torch.float32 else 1e-12
     torch.testing.assert_close(found.u, expected.u, rtol=0, atol=within)

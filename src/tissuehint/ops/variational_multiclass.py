@@ -214,11 +214,15 @@ class _Problem:
             given = [self.cost, self.edge[:, 0], self.weights[:, 0], self.tau[:, 0], self.proportions]
             return FusedSteps(*state, given, self.total[:, 0], self.scale[:, 0], limit=self.strength / 2)
 
+        one_by_one = self._one_by_one(state)
+        return _Replayed(one_by_one) if self.cost.device.type == "cuda" else one_by_one
+
+    def _one_by_one(self, state: _State) -> Steps:
         def advance(steps: int, going_on: Tensor) -> None:
             for _ in range(steps):
                 self._step(state)
 
-        return _Replayed(advance) if self.cost.device.type == "cuda" else advance
+        return advance
 
     def _step(self, state: _State) -> None:
         """One iteration with torch, in place."""
