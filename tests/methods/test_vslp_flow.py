@@ -150,6 +150,23 @@ class TestDescent:
         flow = minimise(energy, start, 40, step_size=step)
         assert bool((flow.energies[-1] < 0.01 * flow.energies[0]).all())
 
+    def test_the_first_step_may_be_far_too_long(self):
+        start = torch.full((B, 2, 4, 4), 0.25)
+        start[:, 0] = 0.75
+
+        def energy(u):
+            return (u[:, 0] - 0.8).square()
+
+        few, more = (minimise(energy, start, 4, step_size=1e4, halvings=2, first_halvings=n) for n in (None, 20))
+        assert torch.equal(few.u, start)
+        assert bool((more.energies.diff(dim=0)[:2] < 0).all())
+
+    @pytest.mark.parametrize("size", [(), (3, 4)])
+    def test_no_image(self, size):
+        flow = minimise(lambda u: u[:, 0].flatten(1).sum(1) if not size else u[:, 0], torch.rand(0, 2, 3, 4), 3)
+        assert flow.u.shape == (0, 2, 3, 4)
+        assert flow.energies.shape == (4, 0)
+
     def test_an_energy_that_does_not_look_at_the_map(self):
         start = maps(B, K, 2, 2)
         flow = minimise(lambda u: torch.ones(len(u)), start, 3)

@@ -131,6 +131,15 @@ def test_winners_of_any_contrast_have_the_areas_within_the_tolerance(spread: flo
             assert (areas(scores, capacity_bias(scores, wanted, weights), weights) - wanted).abs().max() > 0.1
 
 
+def test_scores_far_from_the_shares_are_annealed_all_the_same() -> None:
+    scores = torch.from_numpy(np.random.default_rng(31).normal(0, 3, (60, 3, 20, 20)))
+    wanted = shares(31, 60, 3, 0.3)
+    q = capacity_bias(scores, wanted, annealing=False)
+    torch.testing.assert_close(soft_areas(scores, q, None, 0.02), wanted, rtol=0, atol=1e-3)
+    q = capacity_bias(scores, wanted, annealing=False, tolerance=1e-3)
+    torch.testing.assert_close(areas(scores, q), wanted, rtol=0, atol=1.01 / 400)  # a pixel
+
+
 def test_an_image_within_the_tolerance_is_left_as_it_is() -> None:
     scores, wanted = smooth_maps(0, 3, 3, 64, 48), shares(1, 3, 3)
     scores[1] *= 1e-4

@@ -485,6 +485,7 @@ BAD = {
     "epsilon 0": (lambda: transport(HALVES, HALVES, UNIT, epsilon=0.0), "epsilon 0"),
     "negative epsilon": (lambda: transport(HALVES, HALVES, UNIT, epsilon=-0.1), "epsilon -0.1"),
     "infinite epsilon": (lambda: transport(HALVES, HALVES, UNIT, epsilon=float("inf")), "epsilon inf"),
+    "epsilon below rounding": (lambda: transport(HALVES, HALVES, UNIT, epsilon=1e-9), "epsilon 1e-09.*1e-06"),
     "epsilon nan": (lambda: transport(HALVES, HALVES, UNIT, epsilon=float("nan")), "epsilon nan"),
     "no iteration": (lambda: transport(HALVES, HALVES, UNIT, iterations=0), "iterations 0"),
     "unsymmetric": (lambda: sinkhorn_divergence(HALVES, HALVES, torch.tensor([[0.0, 1], [2, 0]])), "not symmetric"),
@@ -492,6 +493,15 @@ BAD = {
     "epsilon in a divergence": (lambda: sinkhorn_divergence(HALVES, HALVES, UNIT, epsilon=0.0), "epsilon 0"),
     "no iteration in a divergence": (lambda: sinkhorn_divergence(HALVES, HALVES, UNIT, iterations=0), "iterations 0"),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_histograms_of_few_bits(dtype: torch.dtype) -> None:
+    rows = torch.rand(50, 4, generator=torch.Generator().manual_seed(3)).to(dtype)
+    rows = rows / rows.sum(1, keepdim=True)
+    plan = transport(rows, rows.flip(0), zero_one(4)).plan
+    expected = (rows.float() / rows.float().sum(1, keepdim=True)).flip(0)
+    torch.testing.assert_close(plan.sum(1), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -33,7 +33,7 @@ class CrossValidation(BaseModel):
         fold: run this one alone, counted from 0; None runs all and summarises them.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     folds: int = Field(default=PAPER_FOLDS, ge=2)
     validation: float = Field(default=PAPER_VALIDATION, ge=0, lt=1)

@@ -37,7 +37,7 @@ class PhantomConfig(BaseModel):
         seed: of the tissue; the same seed gives the same images.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     train: int = Field(default=96, ge=1)
     val: int = Field(default=24, ge=0)
@@ -58,7 +58,7 @@ class WeakConfig(BaseModel):
         seed: of points and noise.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     tag_threshold: float = Field(default=0.0, ge=0, lt=1)
     points_per_class: int = Field(default=3, ge=1)
@@ -91,7 +91,7 @@ class DataConfig(BaseModel):
         phantom: size of the synthetic data set.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     source: str
     root: str | None = None

@@ -30,7 +30,7 @@ class PatchGrid(BaseModel):
         white_threshold: grey value in 0..255 above which a pixel counts as white.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     side: int = Field(default=224, ge=16)
     stride: int = Field(default=224, ge=1)

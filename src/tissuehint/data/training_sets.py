@@ -202,7 +202,7 @@ class _Rows:
 
 def _check_hint(record: Record, supervision: str) -> None:
     if getattr(record, supervision) is None:
-        fix = f"give {supervision} for every training image, or choose a method for the hints you have"
+        fix = f"give {supervision} for every training and validation image, or choose a method for the hints you have"
         raise InputError(record.id, f"has no {supervision}", fix)
 
 

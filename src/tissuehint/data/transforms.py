@@ -23,7 +23,7 @@ class Augmentation(BaseModel):
         scale: smallest linear zoom of a random crop that is resized back; 1 switches it off.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     flip: bool = True
     rotate: bool = True

@@ -28,7 +28,7 @@ UNREFINED = 1e-12  # weight of tissue maps as they were before the CRF
 class MethodConfig(BaseModel):
     """What every method config has: its name. Subclasses add keys; all are frozen, unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
 
@@ -163,7 +163,7 @@ class TestTimeAugmentation(BaseModel):
     """
 
     __test__: ClassVar[bool] = False  # the name starts with Test, but pytest need not collect it
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     flip: bool | Literal["horizontal"] = False
     scales: tuple[float, ...] = (1.0,)
@@ -191,7 +191,7 @@ class CRFConfig(BaseModel):
         iterations: of the mean field.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     gaussian_std: float = Field(default=15, gt=0)
     gaussian_weight: float = Field(default=30, ge=0)

@@ -39,7 +39,7 @@ class MatchingConfig(BaseModel):
             null matches all.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     weight: float = Field(default=0.5, ge=0)
     foreground: float = Field(default=1.0, ge=0)

@@ -70,7 +70,7 @@ class ClassMapSettings(BaseModel):
             pyramid (what the released code reads); or ``pyramid``, P'. The average has F alone.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     encoder: EncoderConfig = EncoderConfig()
     levels: int = Field(default=1, ge=1, le=4)

@@ -15,7 +15,7 @@ Triple = tuple[float, float, float]
 class ChannelStatistics(BaseModel):
     """Explicit normalisation ``(image - mean) / std``, red green blue, for images in [0,1]."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     mean: Triple
     std: Triple
@@ -62,7 +62,7 @@ class EncoderConfig(BaseModel):
             trained.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = "resnet50"
     weights: str = "none"
@@ -108,7 +108,7 @@ class TrunkConfig(BaseModel):
             statistics are mean 0 and variance 1.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     encoder: EncoderConfig = Field(default_factory=lambda: EncoderConfig(name="resnet34"))
     stride: Literal[4, 8, 16, 32] = 16
@@ -138,7 +138,7 @@ class NetworkConfig(BaseModel):
             the channels of the trunk: its encoder has ``weights: none`` and its normalisation is not used.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     architecture: str = "unet"
     encoder: EncoderConfig = Field(default_factory=EncoderConfig)

@@ -61,7 +61,7 @@ class ImageEncoderConfig(BaseModel):
         seed: of random weights and of the random projection.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = "medclip"
     weights: str = "none"

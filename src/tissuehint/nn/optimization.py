@@ -26,7 +26,7 @@ class Optimization(BaseModel):
         warmup: steps of linear warm-up.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["sgd", "adamw"] = "adamw"
     learning_rate: float = Field(default=1e-4, gt=0)

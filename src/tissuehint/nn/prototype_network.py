@@ -40,7 +40,7 @@ class PrototypeSettings(BaseModel):
             ``softmax``, weighted by themselves (released). Training always takes the mean.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     encoder: EncoderConfig = EncoderConfig(name="hf:mit_b1", output_stride=16)
     level_weights: tuple[float, ...] = LEVEL_WEIGHTS

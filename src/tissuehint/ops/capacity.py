@@ -26,6 +26,9 @@ STEPS, LAST_STEPS = 4, 30
 #: Shares count as reached when none is off by more than this.
 TOLERANCE = 1e-7
 
+#: Without annealing, images whose shares are off by more than this in the end begin anew with it.
+LOST = 1e-3
+
 #: Where the argmax must have the shares, a temperature that does not do it shrinks by this factor, so often at most.
 FREEZING, FREEZINGS = 0.25, 12
 
@@ -54,7 +57,7 @@ def capacity_bias(
             weight gets zeros.
         temperature: above 0, in units of the scores.
         annealing: come down from a high temperature. Without it fewer steps are needed where the scores have nearly
-            these shares already.
+            these shares already; images where these lead nowhere are annealed all the same.
         tolerance: at least 0; an image whose argmax is off by more is solved at ever smaller temperatures until it is
             not, such as one whose scores differ by less than ``temperature`` everywhere; no less than the share of its
             heaviest pixel counts. None leaves it at that.
@@ -87,7 +90,14 @@ def capacity_bias(
         spread = (flat.amax((1, 2)) - flat.amin((1, 2)))[:, None] + temperature
         flat = flat - (EXCLUDED * spread * absent)[:, :, None]
         warmest = spread if annealing else torch.zeros_like(spread)
-        q = _solve(flat, shares, mass, absent, temperature, warmest, tolerance)
+        q, off = _solve(flat, shares, mass, absent, temperature, warmest)
+        if not annealing:
+            lost = (off > LOST).nonzero()[:, 0]
+            if len(lost):
+                part = (flat[lost], shares[lost], mass[lost], absent[lost])
+                q[lost], _ = _solve(*part, temperature, spread[lost])
+        if tolerance is not None:
+            q = _freeze(flat, shares, mass, absent, q, temperature, tolerance)
         present = (~absent).to(q)
         q = q - (q * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)
         q = torch.where(absent, -EXCLUDED * spread, q)
@@ -95,23 +105,29 @@ def capacity_bias(
 
 
 def _solve(
-    scores: Tensor,
-    shares: Tensor,
-    mass: Tensor,
-    absent: Tensor,
-    temperature: float,
-    warmest: Tensor,
-    tolerance: float | None,
-) -> Tensor:
-    """(B,K) biases, by Newton's method with halved steps along falling temperatures, each image by itself."""
-    current = warmest.clamp_min(temperature)  # (B,1)
+    scores: Tensor, shares: Tensor, mass: Tensor, absent: Tensor, temperature: float, warmest: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Biases (B,K), by Newton's method along falling temperatures; and how far the soft shares are off, (B,)."""
+    current = warmest.clamp_min(temperature)  # (B,1), each image by itself
     q = torch.zeros_like(shares)
     while bool((current > temperature).any()):
         q = _balance(scores, shares, mass, absent, q, current, STEPS)
         current = (current * COOLING).clamp_min(temperature)
     q = _balance(scores, shares, mass, absent, q, current, LAST_STEPS)
-    if tolerance is None:
-        return q
+    return q, _lacking(scores, shares, mass, q, current)[1].abs().amax(1)
+
+
+def _freeze(
+    scores: Tensor,
+    shares: Tensor,
+    mass: Tensor,
+    absent: Tensor,
+    q: Tensor,
+    temperature: float,
+    tolerance: float,
+) -> Tensor:
+    """Biases (B,K) at temperatures so small that the argmax has the shares too."""
+    current = torch.full_like(q[:, :1], temperature)
     enough = mass.amax(1).clamp_min(tolerance)  # no pixel is divided
     for _ in range(FREEZINGS):
         off = (shares - _hard_shares(scores + q[:, :, None], mass)).abs().amax(1)
@@ -128,14 +144,19 @@ def _balance(
 ) -> Tensor:
     """Biases (B,K) after Newton's steps at temperatures (B,1)."""
     for _ in range(steps):
-        soft = ((scores + q[:, :, None]) / temperature[:, :, None]).softmax(1)
-        lacking = shares - (soft * mass[:, None]).sum(2)
+        soft, lacking = _lacking(scores, shares, mass, q, temperature)
         reached = lacking.abs().amax(1, keepdim=True) < TOLERANCE
         if bool(reached.all()):
             break
         step = _newton(soft, mass, lacking, absent, temperature) * ~reached
         q = _descend(scores, shares, mass, q, step, lacking, temperature)
     return q
+
+
+def _lacking(scores: Tensor, shares: Tensor, mass: Tensor, q: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """The soft assignment (B,K,N), and what it lacks of the shares, (B,K)."""
+    soft = ((scores + q[:, :, None]) / temperature[:, :, None]).softmax(1)
+    return soft, shares - (soft * mass[:, None]).sum(2)
 
 
 def _hard_shares(scores: Tensor, mass: Tensor) -> Tensor:

@@ -42,7 +42,10 @@ EASY_EPSILON, COOLING = 0.05, 2.0
 #: which potentials these have.
 SAME = 1e-5
 
-#: Histograms may be off from sum 1 by this much; they are scaled.
+#: Below it rounding decides what the plan is.
+SMALLEST_EPSILON = 1e-6
+
+#: Histograms may be off from sum 1 by this much, those of few bits by two roundings; they are scaled.
 SUM_TOLERANCE = 1e-3
 
 
@@ -92,7 +95,7 @@ def transport(
         a: (M,K) histograms, at least 0, each summing to 1; zeros are allowed.
         b: (M,K) likewise.
         cost: C (K,K), at least 0, in any unit.
-        epsilon: above 0; strength of the entropy as a share of the largest cost.
+        epsilon: at least 1e-6; strength of the entropy as a share of the largest cost.
         iterations: most turns, at least 1; histograms whose rows are right are left alone earlier. Below an epsilon of
             .05 as many again for every halving on the way.
         start: (M,K) potentials ``source`` of histograms near to these, from which few turns are left to go; what they
@@ -104,7 +107,7 @@ def transport(
 
     Raises:
         InputError: shapes that do not agree, a negative or infinite entry, a histogram that does not sum to 1 within
-            .001, an epsilon that is not above 0, no iteration, a start that is not finite.
+            .001, an epsilon below 1e-6, no iteration, a start that is not finite.
 
     Example:
         >>> found = transport(torch.tensor([[0.8, 0.2]]), torch.tensor([[0.5, 0.5]]), 1 - torch.eye(2))
@@ -293,22 +296,25 @@ def _checked(a: Tensor, b: Tensor, cost: Tensor, epsilon: float, iterations: int
     if cost.shape != (a.shape[1], a.shape[1]):
         subject = f"cost of shape {tuple(cost.shape)}"
         raise InputError(subject, f"is ({a.shape[1]}, {a.shape[1]}), one row a class", "give one cost a pair")
-    if not epsilon > 0 or epsilon == float("inf"):
-        raise InputError(f"epsilon {epsilon}", "is not above 0 and finite", "use .05 of the largest cost")
+    if not SMALLEST_EPSILON <= epsilon < float("inf"):
+        rule = f"is not at least {SMALLEST_EPSILON:g} and finite"
+        raise InputError(f"epsilon {epsilon}", rule, "use .05 of the largest cost")
     if iterations < 1:
         raise InputError(f"iterations {iterations}", "is below 1", "allow at least one")
     dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
     cost = cost.to(a.device, dtype)
     if not bool(((cost >= 0) & cost.isfinite()).all()):
         raise InputError("cost", "has a negative or infinite entry", "give costs of at least 0")
-    return _histograms("a", a.to(dtype)), _histograms("b", b.to(dtype)), cost
+    return _histograms("a", a, dtype), _histograms("b", b, dtype), cost
 
 
-def _histograms(name: str, rows: Tensor) -> Tensor:
+def _histograms(name: str, given: Tensor, dtype: torch.dtype) -> Tensor:
+    rounding = 2 * torch.finfo(given.dtype).eps if given.is_floating_point() else 0.0
+    rows = given.to(dtype)
     total = rows.sum(1, keepdim=True)
     if not bool(((rows >= 0) & rows.isfinite()).all()):
         raise InputError(f"histograms {name}", "have a negative or infinite entry", "give shares of at least 0")
-    if len(rows) and bool(((total - 1).abs() > SUM_TOLERANCE).any()):
+    if len(rows) and bool(((total - 1).abs() > max(SUM_TOLERANCE, rounding)).any()):
         worst = total[(total - 1).abs().argmax(), 0]
         raise InputError(f"histograms {name}", f"sum to {float(worst):.4g}, not 1", "divide each by its sum")
     # the gradient is that on the simplex, so that the scaling has no part in it

@@ -20,7 +20,7 @@ from tissuehint.metrics.protocols import Protocol
 from tissuehint.plugins import load_method
 from tissuehint.segmentation.config import SegmentationConfig
 
-FROZEN = ConfigDict(frozen=True, extra="forbid")
+FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class StageOne(BaseModel):

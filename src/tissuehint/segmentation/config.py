@@ -32,7 +32,7 @@ class SegmentationConfig(BaseModel):
             validation split (``best``), which looks at validation masks, as the published systems do.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     network: NetworkConfig = NetworkConfig()
     loss: Literal["cross_entropy", "purified", "reweighted"] = "cross_entropy"

@@ -55,7 +55,7 @@ class CutConfig(BaseModel):
         origin: what the annotations measure from.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     um_per_px: float = Field(gt=0)
     side: int = Field(default=224, ge=16)

@@ -54,7 +54,7 @@ class MappingConfig(BaseModel):
         probabilities: keep the probabilities too.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     um_per_px: float | None = Field(default=None, gt=0)
     window: int | None = Field(default=None, ge=32)

@@ -57,7 +57,7 @@ class PolygonConfig(BaseModel):
         origin: what coordinates are measured from: QuPath measures from the bounds of a slide.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     tolerance: float = Field(default=1.5, ge=0)
     min_area: float = Field(default=16, ge=0)
@@ -73,7 +73,7 @@ class SlideConfig(BaseModel):
         polygons: how borders are simplified.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     mapping: MappingConfig = MappingConfig()
     tissue: TissueConfig = TissueConfig()

@@ -59,7 +59,7 @@ class TissueConfig(BaseModel):
         margin_um: the mask is grown by this, in micrometres.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     um_per_px: float = Field(default=8.0, gt=0, le=100)
     longest: int = Field(default=2048, ge=16)

@@ -45,7 +45,7 @@ class DiversityConfig(BaseModel):
         gate_by_tags: only tagged classes have a region.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     weight: float = Field(default=0.5, ge=0)
     form: Literal["jeffreys", "correlation"] = "jeffreys"

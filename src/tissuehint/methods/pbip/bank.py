@@ -43,7 +43,7 @@ class BankConfig(BaseModel):
         seed: of the clustering and of ``random``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     prototypes_per_class: int | tuple[int, ...] = PROTOTYPES
     images_per_prototype: int = Field(default=IMAGES, ge=1)

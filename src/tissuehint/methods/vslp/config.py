@@ -11,7 +11,7 @@ from tissuehint.methods.vslp.views import ViewConfig
 from tissuehint.nn.config import EncoderConfig, NetworkConfig
 from tissuehint.nn.optimization import Optimization
 
-FROZEN = ConfigDict(frozen=True, extra="forbid")
+FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TileConfig(BaseModel):
@@ -148,7 +148,7 @@ class FusionConfig(BaseModel):
 
     fidelity: Literal["wasserstein", "linear", "log"] = "wasserstein"
     ground_cost: tuple[tuple[float, ...], ...] | None = None
-    epsilon: float = Field(default=0.05, gt=0)
+    epsilon: float = Field(default=0.05, ge=1e-6)
     view_entropy: float | None = Field(default=None, gt=0)
     fidelity_weight: float = Field(default=1.0, gt=0)
     proportions: Literal["near_hard", "soft", "none"] = "near_hard"
@@ -200,7 +200,8 @@ class LearningConfig(BaseModel):
         confidence: pixels whose likeliest class has this much of the consensus teach the flow.
         consensus_weight: of what they teach, after the warm-up.
         proportion_weight: of the distance between given proportions and those of the sharpened map.
-        dead_zone: errors of a share up to this cost nothing (rounding to 5 %: .025, to 10 %: .05).
+        dead_zone: errors of a share up to this cost nothing, and the consensus has those areas within it that are
+            nearest to what the views say (rounding to 5 %: .025, to 10 %: .05).
         entropy_weight: of the entropy of the map, reached linearly over the steps from a tenth of it.
         sharpness: exponent 1/s of the sharpened map (spec, Section 6: .3).
         learning_rate: of the regulariser.

@@ -109,8 +109,9 @@ class FusionEnergy:
         Transport with a ground cost has no second derivatives here: its potentials count as constants.
         """
         keep = torch.is_grad_enabled()
-        with torch.enable_grad():
-            at = u if keep and u.requires_grad else u.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            # a clone of what inference mode made has gradients
+            at = u if keep and u.requires_grad else u.detach().clone().requires_grad_()
             (gradient,) = torch.autograd.grad(self.energy(at).sum(), at, create_graph=keep)
         return gradient
 

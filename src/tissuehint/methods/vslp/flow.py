@@ -59,6 +59,7 @@ def minimise(
     *,
     step_size: float | Tensor = 1.0,
     halvings: int = 20,
+    first_halvings: int | None = None,
     project: Projection | None = None,
 ) -> Flow:
     """Follow the flow from ``start``.
@@ -71,6 +72,7 @@ def minimise(
         step_size: first tau, one for all or (B,).
         halvings: how often a step is tried again, at least 0. An image where none of them lowers the energy by more
             than rounding has arrived, and stays where it is.
+        first_halvings: likewise, of the first step, whose size may be far too long; None takes ``halvings``.
         project: from logarithms of a map, up to a constant at each pixel, to those of the nearest map that is allowed;
             start and steps go through it. None allows all.
 
@@ -88,7 +90,8 @@ def minimise(
         >>> round(float(flow.u[0, 0, 0, 0]), 2), bool((flow.energies.diff(dim=0) <= 0).all())
         (0.8, True)
     """
-    _check(start, steps, halvings)
+    first_halvings = halvings if first_halvings is None else first_halvings
+    _check(start, steps, min(halvings, first_halvings))
     tau = torch.as_tensor(step_size, dtype=start.dtype, device=start.device).expand(len(start)).clone()
     if not bool((tau > 0).all()):
         raise InputError(f"step_size {step_size}", "is not above 0", "use 1")
@@ -100,10 +103,11 @@ def minimise(
         first, fall = value(u)
         energies = [first]
         going_on = torch.ones(len(start), dtype=torch.bool, device=start.device)
-        for _ in range(steps):
+        for step in range(steps):
             if bool(going_on.any()):
                 now = (energies[-1], fall, tau, going_on)
-                u, reached, fall, tau, going_on = _step(value, gradient(u), u, *now, halvings, project)
+                trials = 1 + (halvings if step > 0 else first_halvings)
+                u, reached, fall, tau, going_on = _step(value, gradient(u), u, *now, trials, project)
                 energies.append(reached)
             else:
                 energies.append(energies[-1])
@@ -124,14 +128,14 @@ def _step(
     fall: Tensor,
     tau: Tensor,
     going_on: Tensor,
-    halvings: int,
+    trials: int,
     project: Projection | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The step with backtracking: map (B,K,H,W), energies, falls that count, step sizes, and who goes on (B,)."""
     waiting = going_on
     best, reached = u, before
     enough = before - fall
-    for _ in range(halvings + 1):
+    for _ in range(trials):
         proposed = mirror_step(u, gradient, tau, project)
         found, next_fall = value(proposed)
         # neither for NaN in the energy, nor for one in a pixel that the energy does not look at
@@ -156,7 +160,7 @@ def _parts(energy: Energy | OfMap) -> tuple[ValueOfMap, OfMap]:
             rule = f"is ({len(u)},) or ({len(u)},H,W) for {len(u)} maps"
             raise InputError(f"energy of shape {tuple(found.shape)}", rule, "sum over classes, not over images")
         precise = found.dtype if found.device.type == "mps" else torch.float64
-        pixels = found.reshape(len(found), -1)
+        pixels = found.flatten(1) if found.ndim == 3 else found[:, None]
         fall = LEAST_FALL * torch.finfo(found.dtype).eps * pixels.abs().sum(1, dtype=precise)
         return pixels.sum(1, dtype=precise), fall
 

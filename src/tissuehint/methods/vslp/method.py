@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +31,14 @@ from tissuehint.methods.vslp.energy import (
 from tissuehint.methods.vslp.flow import Flow, Projection, minimise
 from tissuehint.methods.vslp.learning import RegulariserLearning
 from tissuehint.methods.vslp.pictures import write_pictures
-from tissuehint.methods.vslp.views import Seen, View, bring_back, look
+from tissuehint.methods.vslp.views import Seen, View, bring_back, canvas_size, look
 from tissuehint.nn.optimization import build_optimizer
 from tissuehint.ops.capacity import capacity_bias
 from tissuehint.ops.variational_multiclass import segment_multiclass
 from tissuehint.ops.white import white_masks
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 #: Training images that choose the temperature of stage 1.
 CALIBRATION_IMAGES = 128
@@ -44,6 +49,9 @@ PROJECTION_TEMPERATURE, FINAL_TEMPERATURE = 0.1, 0.02
 #: Areas that are held may be off by this, but for pixels that cannot be told apart.
 AREA_TOLERANCE = 1e-3
 
+#: What holds near-hard areas in the exact solver, in units of its costs.
+NEAR_HARD = 100.0
+
 #: Pixels that the exact solver decided keep so much of the confidence map: equal scores cannot be divided.
 UNDECIDED = 1e-3
 
@@ -52,7 +60,21 @@ UNDECIDED = 1e-3
 CONFIDENCE_SHARE = 0.5
 
 #: A step that lowers the energy not even at a 64th of its length is the last: on EBHI-Seg as good as with 20 halvings.
-HALVINGS = 6
+#: But the first, which is as long as the settings say, whatever the weights of the terms.
+HALVINGS, FIRST_HALVINGS = 6, 20
+
+
+def outside_inference_mode(function: Callable[Concatenate[VSLP, P], R]) -> Callable[Concatenate[VSLP, P], R]:
+    """Leave the inference mode of a caller, whose tensors no flow could be followed on, and take no gradients."""
+
+    @wraps(function)
+    def called(self: VSLP, /, *words: P.args, **names: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return function(self, *words, **names)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(self, *words, **names)
+
+    return called
 
 
 class VSLP(WeakMethod):
@@ -140,11 +162,19 @@ class VSLP(WeakMethod):
         height, width = images.shape[-2:]
         return -(-height // self.config.resolution), -(-width // self.config.resolution)
 
+    @outside_inference_mode
     def see(self, images: Tensor, views: list[View] | None = None) -> Seen:
-        """What the network says of views of images, on the working grid, in the frame of the images."""
+        """What the network says of views of images, on the working grid, in the frame of the images.
+
+        Raises:
+            InputError: an offset that moves the images out of sight.
+        """
         image, size = (images.shape[-2], images.shape[-1]), self.grid(images)
         probabilities, validity = [], []
         for view in self.config.test_time.views() if views is None else views:
+            if any(abs(shift) >= side for shift, side in zip(view.offset, canvas_size(view, *image), strict=True)):
+                rule = f"moves images of {image[0]} x {image[1]} px out of sight"
+                raise InputError(f"test_time.offsets {view.offset}", rule, f"use offsets below {min(image)}")
             cells = self.network(look(images, view))
             shares = (cells.logits.float() / self.temperature).softmax(1)
             moved, valid = bring_back(shares, view, image, cells.covered, size)
@@ -155,6 +185,7 @@ class VSLP(WeakMethod):
         # a pixel that no view sees takes what is said of the border nearest to it
         return seen._replace(validity=seen.validity + unseen)
 
+    @outside_inference_mode
     def energy(self, images: Tensor, seen: Seen, proportions: Tensor | None = None) -> FusionEnergy:
         """The energy of maps of images on the working grid; ``proportions`` (B,C) for the soft term."""
         fusion = self._fusion()
@@ -172,11 +203,13 @@ class VSLP(WeakMethod):
 
     # ---- tissue maps ----------------------------------------------------------------------------------------------
 
+    @outside_inference_mode
     def predict(self, images: Tensor) -> Tensor:
         """Tissue map without proportions."""
         seen = self.see(images)
         return self._tissue_map(self._graded(self.fuse(images, seen=seen).u, images, seen), images)
 
+    @outside_inference_mode
     def label_guided(self, batch: Batch) -> Tensor:
         """Tissue map with the proportions of the images; zero for an image whose proportions are all 0."""
         proportions = batch.need_proportions()
@@ -190,6 +223,7 @@ class VSLP(WeakMethod):
         maps = self._tissue_map(u, batch.images, held)
         return maps * known[:, None, None, None]
 
+    @outside_inference_mode
     @torch.no_grad()
     def fuse(self, images: Tensor, proportions: Tensor | None = None, seen: Seen | None = None) -> Flow:
         """Soft maps (B,C,h,w) on the working grid, and the energies on the way; ``seen`` if it is known already.
@@ -218,6 +252,7 @@ class VSLP(WeakMethod):
             found = self._flow(energy, start, proportions)
         return found if held is None else self._with_areas(found, held, energy.tissue)
 
+    @outside_inference_mode
     @torch.no_grad()
     def explain(self, batch: Batch) -> dict[str, Tensor]:
         """How a map comes about, on the working grid.
@@ -283,23 +318,33 @@ class VSLP(WeakMethod):
                 return logarithms + bias[:, :, None, None]
 
         step = fusion.step_size if self.fusion is None else self.fusion.log_step.detach().exp()
-        return minimise(energy, start, fusion.steps, step_size=step, halvings=HALVINGS, project=project)
+        return minimise(
+            energy,
+            start,
+            fusion.steps,
+            step_size=step,
+            halvings=HALVINGS,
+            first_halvings=FIRST_HALVINGS,
+            project=project,
+        )
 
     def _exact(self, energy: FusionEnergy, proportions: Tensor | None, *, near_hard: bool) -> Flow:
         """The minimiser of a convex energy by the primal-dual method."""
         fusion = self._fusion()
+        # in units of the costs, in which the solver converges best
+        unit = fusion.fidelity_weight * (1.0 if fusion.ground_cost is None else max(map(max, fusion.ground_cost)))
         # more than any class can gain at a pixel holds the proportions
-        strength = 100.0 * fusion.fidelity_weight if near_hard else fusion.proportion_weight
+        strength = NEAR_HARD if near_hard else fusion.proportion_weight / unit
         edges = energy.regulariser.edge if isinstance(energy.regulariser, EdgeWeightedTotalVariation) else None
         found = segment_multiclass(
-            fusion.fidelity_weight * energy.costs(),
-            smoothness=0.0 if edges is None else fusion.regulariser.smoothness,
+            fusion.fidelity_weight / unit * energy.costs(),
+            smoothness=0.0 if edges is None else fusion.regulariser.smoothness / unit,
             edge_weight=edges,
             weights=energy.tissue,
             proportions=proportions,
             strength=0.0 if proportions is None else strength,
         )
-        return Flow(found.u, found.energy[None])
+        return Flow(found.u, unit * found.energy[None])
 
     def _graded(self, u: Tensor, images: Tensor, seen: Seen) -> Tensor:
         """A map that says how sure it is, from one of the exact solver; others do."""

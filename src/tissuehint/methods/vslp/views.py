@@ -41,7 +41,7 @@ class ViewConfig(BaseModel):
             150 px).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rotations: tuple[float, ...] = (0, 30, 60, 90, 120, 150)
     mirror: bool = True
