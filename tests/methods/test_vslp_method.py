@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from pydantic import ValidationError
-from scipy.optimize import minimize
 
 from tissuehint.data.module import DataConfig, TissueData, WeakConfig
 from tissuehint.data.patches import PatchGrid
@@ -19,7 +18,7 @@ from tissuehint.methods.vslp import VSLP, FusionConfig, VSLPConfig
 from tissuehint.methods.vslp import learning as vslp_learning
 from tissuehint.methods.vslp.confidence import best_temperature
 from tissuehint.methods.vslp.energy import average
-from tissuehint.methods.vslp.learning import consensus, damaged, nearest_shares, part_of, partitions
+from tissuehint.methods.vslp.learning import consensus, damaged, part_of, partitions
 from tissuehint.methods.vslp.views import Seen
 from tissuehint.pipeline.inference import StageOneMaps
 from tissuehint.testing import MethodCase, fake_batch, fake_dataset, fake_labels
@@ -417,41 +416,6 @@ class TestLearningParts:
             torch.manual_seed(1)
             losses.append(float(vslp_learning.RegulariserLearning(method).terms(batch)["proportions"].detach()))
         assert losses[0] > losses[1] > losses[2]
-
-    def test_the_consensus_has_areas_of_the_dead_zone_alone(self, monkeypatch):
-        """Those nearest to the views: the given ones without a zone, theirs within a wide one."""
-        monkeypatch.setattr(vslp_learning.RegulariserLearning, "_entropy_weight", lambda self: 0.1)
-        images, views = torch.rand(3, 3, 224, 224), smooth_views()
-        given = torch.tensor([[0.6, 0.3, 0.1], [0.05, 0.05, 0.9], [0.5, 0.5, 0.0]])
-        said, areas = views.mean((1, 3, 4)), {}
-        kept = vslp_learning.consensus
-        for zone in (0.0, 0.05, 0.9):
-            found = []
-            monkeypatch.setattr(
-                vslp_learning, "consensus", lambda *words, into=found: into.append(words[2]) or kept(*words)
-            )
-            method = vslp(learning={"dead_zone": zone, "warm_up": 0})
-            with_views(method, views, monkeypatch)
-            vslp_learning.RegulariserLearning(method).terms(Batch(["a", "b", "c"], images, proportions=given))
-            areas[zone] = found[0]
-        assert torch.equal(areas[0.0], given)
-        torch.testing.assert_close(areas[0.9], said, atol=1e-5, rtol=0)
-        assert bool(((areas[0.05] - given).abs() <= 0.05 + 1e-6).all())
-        assert bool(((areas[0.05] - said).square().sum(1) < (given - said).square().sum(1)).all())
-
-    @pytest.mark.parametrize("zone", [0.01, 0.05, 0.4])
-    def test_nearest_shares(self, zone):
-        """Against scipy's quadratic programme."""
-        generator = np.random.default_rng(0)
-        said, given = (generator.dirichlet([0.5] * 4, 12) for _ in range(2))
-        found = nearest_shares(torch.from_numpy(said), torch.from_numpy(given), zone)
-        for row, one, other in zip(found.numpy(), said, given, strict=True):
-            bounds = [(max(0, share - zone), min(1, share + zone)) for share in other]
-            total = {"type": "eq", "fun": lambda shares: shares.sum() - 1}
-            best = minimize(
-                lambda shares, one=one: ((shares - one) ** 2).sum(), other, bounds=bounds, constraints=total, tol=1e-14
-            )
-            np.testing.assert_allclose(row, best.x, atol=1e-5)
 
     def test_mending_teaches_the_flow_made_up_maps(self):
         """After twenty steps of it alone, maps that it has not seen are mended better than before."""

@@ -200,8 +200,8 @@ class LearningConfig(BaseModel):
         confidence: pixels whose likeliest class has this much of the consensus teach the flow.
         consensus_weight: of what they teach, after the warm-up.
         proportion_weight: of the distance between given proportions and those of the sharpened map.
-        dead_zone: errors of a share up to this cost nothing, and the consensus has those areas within it that are
-            nearest to what the views say (rounding to 5 %: .025, to 10 %: .05).
+        dead_zone: errors of a share up to this cost nothing in that distance (rounding to 5 %: .025, to 10 %: .05); the
+            consensus has the given areas all the same, which teaches better.
         entropy_weight: of the entropy of the map, reached linearly over the steps from a tenth of it.
         sharpness: exponent 1/s of the sharpened map (spec, Section 6: .3).
         learning_rate: of the regulariser.

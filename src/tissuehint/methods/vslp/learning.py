@@ -6,11 +6,11 @@ and to agree with what the views agree on (VSLP spec, Section 6, reconstructed):
 weight_p D(pi, mean_T s(u_S)) + weight_c CE(consensus, u_S) + alpha mean_T H(u_S),     s(u) = softmax(log u / sharpness)
 
 with a distance D that is 0 within a dead zone, for proportions that were rounded or are noisy. The consensus of an
-image is the exact segmentation of the views that were drawn, with edge-weighted total variation and the given areas, or
-those within the dead zone of them that are nearest to what the views say (``ops.variational_multiclass``). The flow
-itself sees a part of these views, and nothing of the proportions: it learns to get without them where the convex energy
-gets with them. In the warm-up it learns to mend label maps alone: the consensus, and, in every other step, partitions
-of smoothed noise. No mask is read.
+image is the exact segmentation of the views that were drawn, with edge-weighted total variation and the given areas
+(``ops.variational_multiclass``), dead zone or not: errors of the proportions cancel over many images, and areas within
+the zone that are nearer to the views teach worse (docs/benchmarks.md). The flow itself sees a part of these views, and
+nothing of the proportions: it learns to get without them where the convex energy gets with them. In the warm-up it
+learns to mend label maps alone: the consensus, and, in every other step, partitions of smoothed noise. No mask is read.
 """
 
 from __future__ import annotations
@@ -41,9 +41,6 @@ CONSENSUS_TEMPERATURE, AREA_STRENGTH = 0.02, 100.0
 
 #: Made-up maps: cells of their noise along the shorter side, views of each, spread of the noise on their logarithms.
 COARSEST, FINEST, DAMAGED_VIEWS, DAMAGE = 3, 10, 3, 1.0
-
-#: Halvings of an interval of shares, to rounding.
-BISECTIONS = 40
 
 #: Longest gradient of a step.
 CLIP = 1.0
@@ -113,8 +110,7 @@ class RegulariserLearning(L.LightningModule):
             seen = method.see(batch.images, self._drawn_views())
             energy = method.energy(batch.images, seen)
             small = F.adaptive_avg_pool2d(batch.images, method.grid(batch.images))
-            held = nearest_shares(energy.mean(average(seen, "mean")), proportions, learning.dead_zone)
-            labels = consensus(seen, small, held, energy.tissue, learning.smoothness, learning.confidence)
+            labels = consensus(seen, small, proportions, energy.tissue, learning.smoothness, learning.confidence)
             part = 1 + int(torch.randint(seen.validity.shape[1], ()))
             shown = part_of(seen, part)
         u = self.flow(method.energy(batch.images, shown), average(shown, method.config.average))
@@ -164,24 +160,6 @@ def part_of(seen: Seen, count: int) -> Seen:
     validity = seen.validity[:, :count]
     unseen = (validity.sum(1, keepdim=True) == 0).to(validity)
     return Seen(seen.probabilities[:, :count], validity + unseen)
-
-
-def nearest_shares(shares: Tensor, given: Tensor, zone: float) -> Tensor:
-    """The point nearest to ``shares`` (B,C) among those that are off from the ``given`` ones by ``zone`` at most.
-
-    Euclidean projection to a box cut by the simplex: min(max(shares - t, low), high) for the t at which they sum to 1.
-    """
-    if zone == 0:
-        return given
-    low, high = (given - zone).clamp_min(0), (given + zone).clamp_max(1)
-    # all lie at their upper, or lower, bounds at these t
-    least, most = (shares - high).amin(1, keepdim=True), (shares - low).amax(1, keepdim=True)
-    for _ in range(BISECTIONS):
-        middle = (least + most) / 2
-        above = (shares - middle).clamp(low, high).sum(1, keepdim=True) > 1
-        least, most = torch.where(above, middle, least), torch.where(above, most, middle)
-    nearest = (shares - most).clamp(low, high)
-    return nearest / nearest.sum(1, keepdim=True)
 
 
 def consensus(
